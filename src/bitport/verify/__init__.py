@@ -1,0 +1,1 @@
+"""Times, counts and compares: what was kept and what was lost."""
