@@ -1,0 +1,10 @@
+"""The command line: `bitport inspect | compress | verify | report | list | demo`.
+
+Exit codes: 0 holds · 1 error · 2 usage · 3 a gate failed or is undecided · 75 interrupted, run again.
+"""
+
+from __future__ import annotations
+
+from .commands import cli, main
+
+__all__ = ["cli", "main"]

@@ -1,0 +1,324 @@
+"""The commands: what each asks for, and which function of `bitport.api` answers.
+
+Only click is imported here: `--help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from ..errors import BitportError, LoadError
+from .run import DEBUG, ERROR, HOLDS, Outcome, measured, run, terminal
+
+if TYPE_CHECKING:
+    from ..progress import Progress
+
+_CALLABLE = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+_folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda ctx, _, asked: _version(ctx) if asked else None,
+    help="Show the version and exit.",
+)
+def cli() -> None:
+    """Compress a trained network, move it to an integer runtime, and prove the result there.
+
+    MODEL is a file (.pt2) or module:callable returning (model, example_inputs); data is a file (.npz), a
+    folder of images by class, or module:callable returning an iterable of batches.
+
+    Exit codes: 0 holds, 1 error, 2 usage, 3 a gate failed or is undecided, 75 interrupted (run again).
+    """
+
+
+@cli.command(short_help="Layers, MACs, and what a target would run in integers.")
+@click.argument("model")
+@click.option("--target", metavar="T", help="Runtime: also tell what it would run in integers.")
+@_json
+def inspect(model: str, target: str | None, as_json: bool) -> None:
+    """Layers, parameters, MACs; what a target would run in integers, and the speed to expect."""
+
+    def work(progress: Progress) -> Outcome:
+        from .. import api
+
+        found = api.inspect(_load(model, progress), target=target)
+        return Outcome(found, lambda: terminal().inspection(found))
+
+    run(work, as_json)
+
+
+@cli.command(short_help="Compress a network and prove the result.")
+@click.argument("model")
+@click.option("--target", required=True, metavar="T", help="Runtime that the network is for.")
+@click.option(
+    "--recipe", required=True, metavar="R", help="Preset (see 'bitport list recipes') or .toml file."
+)
+@click.option("--data", required=True, metavar="D", help="Calibration data; labels are ignored.")
+@click.option("--train", metavar="D", help="Training data, for recipes that train.")
+@click.option("--eval", "evaluation", metavar="D", help="Evaluation data: decides whether the result holds.")
+@click.option("--metric", metavar="M", help="Metric on the evaluation data (top1, nll, mse, perplexity …).")
+@click.option("--max-drop", type=float, metavar="X", help="Largest loss allowed, in the metric's unit.")
+@click.option("--effort", metavar="E", help="fast, balanced or best.")
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Artifact folder.")
+@_json
+def compress(
+    model: str,
+    target: str,
+    recipe: str,
+    data: str,
+    train: str | None,
+    evaluation: str | None,
+    metric: str | None,
+    max_drop: float | None,
+    effort: str | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Compress MODEL, run it on the target, and write the artifact with its proof to DIR.
+
+    A result that misses its gate leaves DIR as it was and goes to DIR.rejected (exit code 3).
+    """
+    if max_drop is not None and not math.isfinite(max_drop):
+        raise click.BadParameter("must be a finite number", param_hint="--max-drop")
+
+    def work(progress: Progress) -> Outcome:
+        from .. import api
+
+        graph = _load(model, progress)
+        api.compress(
+            graph,
+            recipe,
+            target=target,
+            data=data,
+            train=train,
+            evaluation=evaluation,
+            metric=metric,
+            max_drop=max_drop,
+            out=out,
+            effort=effort,
+            progress=progress,
+        )
+        return measured(_read(out), out)
+
+    run(work, as_json)
+
+
+@cli.command(short_help="Measure an artifact again on this machine.")
+@_folder
+@click.option("--data", metavar="D", help="Evaluation data; default: the artifact's own golden sample.")
+@click.option("--target", metavar="T", help="Another runtime than the artifact's.")
+@_json
+def verify(folder: Path, data: str | None, target: str | None, as_json: bool) -> None:
+    """Run the artifact in DIR again on this machine and measure it against its float network."""
+
+    def work(progress: Progress) -> Outcome:
+        from .. import api
+
+        record = api.verify(folder, data=data, metric=None, target=target)
+        return measured(_as_mapping(record), folder)
+
+    run(work, as_json)
+
+
+@cli.command(short_help="Write the report.html of an artifact.")
+@_folder
+@_json
+def report(folder: Path, as_json: bool) -> None:
+    """Write DIR/report.html from the records in DIR, and print its path."""
+
+    def work(progress: Progress) -> Outcome:
+        from .. import api
+
+        path = api.report(folder)
+        return Outcome({"report": str(path)}, lambda: click.echo(str(path)))
+
+    run(work, as_json)
+
+
+@cli.command(name="list")
+@click.argument("kind", type=click.Choice(["targets", "recipes", "steps", "formats", "ranges", "criteria"]))
+@_json
+def list_(kind: str, as_json: bool) -> None:
+    """Names that recipes and flags may use."""
+
+    def work(progress: Progress) -> Outcome:
+        found = _LISTINGS[kind]()
+        return Outcome({kind: found}, lambda: terminal().listing(kind, found))
+
+    run(work, as_json)
+
+
+@cli.command(short_help="See it work on handwritten digits.")
+@click.option(
+    "--out",
+    default="out/demo",
+    show_default=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder.",
+)
+@_json
+def demo(out: Path, as_json: bool) -> None:
+    """Train a small net on handwritten digits, compress it to int8, prove it on ONNX Runtime."""
+
+    def work(progress: Progress) -> Outcome:
+        from .. import demo
+
+        demo.run(out=out, progress=progress)
+        return measured(_read(out), out)
+
+    run(work, as_json)
+
+
+# ---------------------------------------------------------------------------------------- what they need
+
+
+def _version(context: click.Context) -> NoReturn:
+    try:
+        found = metadata.version("bitport")
+    except metadata.PackageNotFoundError:  # a source tree on the path
+        found = "(not installed)"
+    click.echo(f"bitport {found}")
+    context.exit()
+
+
+def _load(spec: str, progress: Progress) -> Any:
+    """The graph of MODEL: a path, or `module:callable` looked up from the current folder."""
+    from .. import api
+
+    with progress.task(f"load {spec}"):
+        if Path(spec).exists() or not _CALLABLE.fullmatch(spec):
+            return api.load(spec)
+        return api.load(*_call(spec))
+
+
+def _call(spec: str) -> tuple[Any, Any]:
+    """(model, example_inputs) from `module:callable`. Raises LoadError when that doesn't give them."""
+    module_name, _, attribute = spec.partition(":")
+    try:
+        value: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            value = getattr(value, part)
+        made = value()
+    except BitportError:
+        raise
+    except Exception as error:
+        raise LoadError(
+            f"{spec!r} could not be called ({type(error).__name__}: {error}): it must name a function that "
+            f"can be imported from the current folder and takes no arguments; {DEBUG}=1 shows the traceback"
+        ) from error
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise LoadError(f"{spec!r} returned {type(made).__name__}: return (model, example_inputs)")
+    return made
+
+
+def _read(folder: Path) -> Mapping[str, Any]:
+    from .. import records
+
+    return _as_mapping(records.load(folder / "measurements.json"))
+
+
+def _as_mapping(record: Any) -> Mapping[str, Any]:
+    return record if isinstance(record, Mapping) else record.record
+
+
+def _list_targets() -> dict[str, Any]:
+    from .. import api
+
+    return dict(api.targets())
+
+
+def _list_recipes() -> dict[str, Any]:
+    from ..recipe import Recipe
+
+    return {name: {"summary": Recipe.preset(name).summary} for name in Recipe.presets()}
+
+
+def _list_steps() -> dict[str, Any]:
+    from .. import registry
+
+    return {name: {"summary": registry.summary("steps", name)} for name in registry.names("steps")}
+
+
+def _list_formats() -> dict[str, Any]:
+    from ..formats import Format
+
+    written = ("int8", "int8n", "uint8", "int16", "int4", "int[-16,15]", "float32", "float16", "bfloat16")
+    found = {}
+    for name in written:
+        fmt = Format.parse(name)
+        span = "floating point" if fmt.is_float else f"{fmt.low} … {fmt.high}"
+        found[name] = {"summary": f"{span}, stored in {fmt.bits} bits", "bits": fmt.bits}
+    found["intN"] = {"summary": "N = 1 … 32; intNn is narrow (without the lowest code); uintN: N = 1 … 16"}
+    found["int[LOW,HIGH]"] = {"summary": "any range of integers that holds 0"}
+    return found
+
+
+def _list_ranges() -> dict[str, Any]:
+    from ..numerics import ranges
+
+    return {name: {"summary": summary} for name, summary in ranges.known().items()}
+
+
+def _list_criteria() -> dict[str, Any]:
+    # pruning criteria are the public functions of one file; a version without pruning has none
+    if find_spec("bitport.numerics.importance") is None:
+        return {}
+    known = importlib.import_module("bitport.numerics.importance").known()
+    return {name: {"summary": summary} for name, summary in known.items()}
+
+
+_LISTINGS: dict[str, Callable[[], dict[str, Any]]] = {
+    "targets": _list_targets,
+    "recipes": _list_recipes,
+    "steps": _list_steps,
+    "formats": _list_formats,
+    "ranges": _list_ranges,
+    "criteria": _list_criteria,
+}
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """Entry point of the `bitport` command."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an ASCII terminal gets "?" instead of a crash
+    if not sys.warnoptions:
+        # what torch and onnx tell their own developers
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", module=r"(torch|onnx|copyreg)")
+    sys.path.insert(0, os.getcwd())  # module:callable is looked up where the user stands
+    try:
+        cli.main(prog_name="bitport")
+    except BrokenPipeError:
+        os._exit(ERROR)
+    sys.exit(HOLDS)

@@ -1,0 +1,191 @@
+"""What the command line draws: tables, the summary, progress bars. Rich is imported here and nowhere else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from .. import wording
+from ..progress import Progress, Task
+from ..report.summary import comparison, section, sqnr, worst_layers
+from ..verify.verdict import judge, subject
+
+_FILE_WIDTH = 120
+
+
+def _console() -> Console:
+    # a file or a pipe has no width: 80 columns would cut names
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else _FILE_WIDTH, highlight=False)
+
+
+def _text(value: object, style: str = "") -> Text:
+    # Text, because a layer called "[red]" is a name and not markup
+    return Text(wording.plain(value), style=style)
+
+
+def summary(record: Mapping[str, Any], folder: Path) -> None:
+    """The table float | simulated | runtime, the verdict, and where to look next."""
+    console = _console()
+    table = Table(
+        title=Text(subject(record)), title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
+    table.add_column("")
+    for name in ("float", "simulated", "runtime"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for row in comparison(record):
+        cells = (row.label, row.float, row.simulated, row.runtime, row.change)
+        table.add_row(*(_text(cell, "dim" if i == 4 else "") for i, cell in enumerate(cells)))
+    console.print(table)
+    verdict = record.get("verdict") or judge(record)
+    console.print()
+    console.print(_verdict(verdict))
+    for label, text in _next(record, folder):
+        console.print(Text(f"  {label:<12} ", style="dim") + _text(text))
+
+
+def _verdict(verdict: Mapping[str, Any]) -> Text:
+    gates = verdict.get("gates") or ()
+    if any(gate["verdict"] == "fails" for gate in gates):
+        mark, style = "✗ ", "bold red"
+    elif not verdict["passed"]:
+        mark, style = "? ", "bold yellow"
+    else:
+        mark, style = ("✓ ", "bold green") if gates else ("• ", "bold")
+    return Text(mark, style=style) + Text(wording.plain(verdict["sentence"], 1000), style="bold")
+
+
+def _next(record: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    if (folder / "report.html").exists():
+        found.append(("report", str(folder / "report.html")))
+    for row in worst_layers(record):
+        found.append(("worst layer", f"{row['name']} ({row['op']}, {wording.decibel(sqnr(row))})"))
+    islands = section(record, "integer").get("float_ops") or ()
+    if islands:
+        first = f"{islands[0]['name']}: {islands[0]['reason']}"
+        more = f" (and {len(islands) - 1} more)" if len(islands) > 1 else ""
+        found.append(("in float", first + more))
+    return found
+
+
+def inspection(found: Mapping[str, Any]) -> None:
+    """The layers of a network and what a target would make of them.
+
+    `found` has `layers` [{name, op, shape, parameters, macs, integer, reason}], `totals` {parameters, macs,
+    mac_share}, `speed` (one sentence or null) and `notes`; `integer`, `reason`, `mac_share` and `speed` only
+    with a target.
+    """
+    console = _console()
+    layers = found.get("layers") or ()
+    aimed = any(layer.get("integer") is not None for layer in layers)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", overflow="fold")
+    table.add_column("operator")
+    table.add_column("shape")
+    table.add_column("parameters", justify="right")
+    table.add_column("MACs", justify="right")
+    if aimed:
+        table.add_column("runs in", overflow="fold")
+    for layer in layers:
+        shape = layer.get("shape")
+        cells = [
+            _text(layer["name"]),
+            _text(layer["op"]),
+            _text("×".join(str(size) for size in shape) if shape is not None else ""),
+            Text(wording.large(layer["parameters"]) if layer.get("parameters") else ""),
+            Text(wording.large(layer["macs"]) if layer.get("macs") else ""),
+        ]
+        if aimed:
+            cells.append(_runs_in(layer))
+        table.add_row(*cells)
+    console.print(table)
+    console.print()
+    totals = section(found, "totals")
+    parts = [
+        f"{wording.large(totals.get('parameters'))} parameters",
+        f"{wording.large(totals.get('macs'))} MACs per sample",
+    ]
+    if totals.get("mac_share") is not None:
+        parts.append(f"{wording.percent(totals['mac_share'])} of the MACs in integers")
+    console.print(Text(", ".join(parts), style="bold"))
+    if found.get("speed"):
+        console.print(Text(wording.plain(found["speed"], 1000)))
+    for note in found.get("notes") or ():
+        console.print(Text("note: ", style="dim") + Text(wording.plain(note, 1000)))
+
+
+def _runs_in(layer: Mapping[str, Any]) -> Text:
+    if layer.get("integer") is None:
+        return Text("")
+    if layer["integer"]:
+        return Text("integers", style="green")
+    reason = layer.get("reason")
+    return Text("float", style="yellow") + Text(f": {wording.plain(reason)}" if reason else "", style="dim")
+
+
+def listing(kind: str, found: Mapping[str, Any]) -> None:
+    """Names with their one-line summaries; what isn't available is said with the reason."""
+    console = _console()
+    if not found:
+        console.print(f"this version has no {kind}")
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, entry in found.items():
+        text = _text(entry.get("summary") or "")
+        if entry.get("available") is False:
+            text += Text(
+                f" (not available: {wording.plain(entry.get('reason') or 'not installed')})", style="yellow"
+            )
+        table.add_row(_text(name, "bold"), text)
+    console.print(table)
+
+
+class _Bar:
+    def __init__(self, bars: Bars, number: Any) -> None:
+        self._bars, self._number = bars, number
+
+    def advance(self, n: int = 1) -> None:
+        self._bars.advance(self._number, n)
+
+
+class _RichProgress:
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+
+    @contextmanager
+    def task(self, name: str, total: int | None = None) -> Iterator[Task]:
+        number = self._bars.add_task(wording.plain(name, 60), total=total)
+        try:
+            yield _Bar(self._bars, number)
+        finally:
+            self._bars.remove_task(number)
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """Progress bars on stderr, gone when the work is done."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    # stdout and stderr are already in order (`_stdout_to_stderr`); rich must not wrap them a second time
+    with Bars(
+        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+    ) as shown:
+        yield _RichProgress(shown)

@@ -1,0 +1,320 @@
+"""The PyTorch front end: `nn.Module` or `.pt2` to a `Graph`, and a graph to `.pt2`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import linecache
+import logging
+import traceback
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+import bitport
+from bitport.errors import BitportError, LoadError, WeightsError
+from bitport.frontends._pt2_scan import scanned
+from bitport.graph.export import quiet_export
+from bitport.graph.graph import META, Graph, InputSpec
+from bitport.graph.program import finish, from_program
+from bitport.graph.raise_ops import RaisedModule
+
+NAMES_FILE = "bitport.json"
+
+
+def load_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = "batch", device: str = "cpu") -> Graph:
+    """Captures a module in eval mode and raises it. The module is not modified.
+
+    Args:
+        example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. A batch of 1 is fine.
+        dynamic_shapes: "batch" (axis 0 of every input that shares the first one's), None (all fixed), or a structure
+            as `torch.export.export` takes it.
+
+    Raises:
+        LoadError: the model can't be captured; names the user's line for data-dependent control flow.
+        WeightsError: a parameter holds NaN or infinite values.
+        GraphError: writes in place that can't be made functional.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise LoadError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the eager model")
+    check_weights(model)
+    if isinstance(model, RaisedModule) and META in model.meta:
+        return _again(model, device)
+    args, kwargs = _example(example_inputs, device)
+    copied = _copy(model).to(device).eval()
+    capture = _Capture(copied, args, kwargs)
+    capture.run(dynamic_shapes)
+    return from_program(capture.program, copied, capture.axes(), capture.notes)
+
+
+def _again(model: RaisedModule, device: str) -> Graph:
+    """A module that `Graph.module` gave: the graph is still in it, with its names."""
+    copied = copy.deepcopy(model).to(device).eval()
+    known = copied.meta[META]
+    inputs = [InputSpec(*item) for item in known["inputs"]]
+    return finish(copied, inputs, known["notes"], known["stage"], known["sizes"])
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuses NaN or infinite parameters and statistics; other buffers (masks) may be infinite but not NaN."""
+    tensors = [(n, p, True) for n, p in model.named_parameters()]
+    tensors += [(n, b, n.rpartition(".")[2].startswith("running_")) for n, b in model.named_buffers()]
+    for name, tensor, finite in tensors:
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise LoadError(f"{name} is uninitialised: run the model once before loading it")
+        if tensor.is_complex():
+            raise LoadError(f"{name} is complex ({tensor.dtype}): only real networks can be compressed")
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        data = tensor.detach()
+        if bool(torch.isfinite(data).all()):
+            continue
+        nans, infs = int(torch.isnan(data).sum()), int(torch.isinf(data).sum())
+        if nans or finite:
+            raise WeightsError(
+                f"{name} holds {nans} NaN and {infs} infinite of {tensor.numel()} values: train it again or repair it"
+            )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    # weight_norm and spectral_norm (hook style) leave computed tensors in the module, which deepcopy refuses
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise LoadError(f"the model can't be copied ({error}): make it work with copy.deepcopy") from error
+
+
+def _example(example: Any, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example is None:
+        raise LoadError("example_inputs is missing: pass a tensor, a tuple, or a dict of keyword arguments")
+    if isinstance(example, Mapping):
+        args, kwargs = (), dict(example)
+    elif isinstance(example, tuple | list):
+        args, kwargs = tuple(example), {}
+    else:
+        args, kwargs = (example,), {}
+    for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
+        where = pytree.keystr(path[1:])
+        if not isinstance(leaf, Tensor):
+            raise LoadError(
+                f"example input {where} is {type(leaf).__name__}, not a tensor: bind it in the model (functools.partial "
+                f"or a wrapper module) before loading"
+            )
+        if leaf.is_complex():
+            raise LoadError(f"example input {where} is complex ({leaf.dtype}): only real tensors can be compressed")
+    move = lambda t: t.detach().to(device)  # noqa: E731
+    return pytree.tree_map(move, args), pytree.tree_map(move, kwargs)
+
+
+class _Leaf(NamedTuple):
+    name: str
+    tensor: Tensor
+
+
+class _Capture:
+    """One capture of a model: which axes are dynamic, and what had to be fixed."""
+
+    program: torch.export.ExportedProgram
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.notes: list[str] = []
+        self.batched: set[int] = set()
+        self.given: Any = None
+
+    def run(self, dynamic: Any) -> None:
+        if isinstance(dynamic, str):
+            if dynamic != "batch":
+                raise LoadError(f"dynamic_shapes={dynamic!r} is unknown: use 'batch', None or a torch structure")
+            self._batch()
+        else:
+            self.given = dynamic
+            self.program = self._export(self.args, self.kwargs, dynamic)
+            self._say_fixed(dynamic)
+
+    def _batch(self) -> None:
+        flat, tree = pytree.tree_flatten((self.args, self.kwargs))
+        size = flat[0].shape[0] if flat and flat[0].dim() else None
+        if size is None:
+            self.program = self._export(self.args, self.kwargs, None)
+            return
+        self.batched = {i for i, t in enumerate(flat) if t.dim() and t.shape[0] == size}
+        reason = ""
+        while self.batched:
+            wide = [torch.cat([t, t]) if i in self.batched and size == 1 else t for i, t in enumerate(flat)]
+            args, kwargs = pytree.tree_unflatten(wide, tree)
+            spec = [{0: Dim.AUTO} if i in self.batched else None for i in range(len(flat))]
+            try:
+                program = self._export(args, kwargs, self._structure(pytree.tree_unflatten(spec, tree)))
+            except LoadError as error:
+                reason = str(error)
+                break
+            fixed = {i for i in self.batched if isinstance(self._values(program)[i].shape[0], int)}
+            if not fixed:
+                self.program = program
+                return
+            reason = "the model works for this batch size only"
+            if 0 in fixed:
+                break
+            self.batched -= fixed  # not a batch after all: it only happened to have the same length
+        self.batched = set()
+        self.program = self._export(self.args, self.kwargs, None)
+        first = self._placeholders(self.program)[0]
+        self.notes.append(f"axis 0 of {first!r} is fixed at {size}: {reason}")
+
+    def _structure(self, spec: Any) -> Any:
+        args, kwargs = spec
+        return args if not kwargs else self._named(args, kwargs)
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        import inspect
+
+        names = list(inspect.signature(self.model.forward).parameters)
+        return dict(zip(names, args, strict=False)) | kwargs
+
+    def _export(self, args: Any, kwargs: Any, dynamic: Any) -> torch.export.ExportedProgram:
+        try:
+            with quiet_export(), torch.enable_grad():
+                return torch.export.export(self.model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+        except BitportError:
+            raise
+        except Exception as error:
+            raise LoadError(f"the model can't be captured: {_first_line(error)}{_user_line(error)}") from error
+
+    def _placeholders(self, program: torch.export.ExportedProgram) -> list[str]:
+        return list(program.graph_signature.user_inputs)  # type: ignore[arg-type]
+
+    def _values(self, program: torch.export.ExportedProgram) -> list[Any]:
+        found = {n.name: n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")}
+        return [found[name] for name in self._placeholders(program)]
+
+    def axes(self) -> dict[tuple[str, int], str]:
+        """Names of dynamic axes by (input name, axis)."""
+        labels = self._placeholders(self.program)
+        if self.given is None:
+            return {(labels[i], 0): "batch" for i in self.batched}
+        found: dict[tuple[str, int], str] = {}
+        for label, dims in zip(labels, self._dims(self.given), strict=False):
+            for axis, dim in dims.items():
+                name = getattr(dim, "__name__", None)
+                if isinstance(name, str) and name.isidentifier() and not isinstance(dim, type(Dim.AUTO)):
+                    found[label, axis] = name
+        return found
+
+    def _dims(self, dynamic: Any) -> list[dict[int, Any]]:
+        """Per flat input {axis: what was asked}; empty where the structure can't be followed."""
+        is_spec = lambda v: v is None or _is_axes(v)  # noqa: E731
+        leaves = pytree.tree_leaves(dynamic, is_leaf=is_spec)
+        return [_as_dict(leaf) for leaf in leaves]
+
+    def _say_fixed(self, dynamic: Any) -> None:
+        if dynamic is None:
+            return
+        labels, values = self._placeholders(self.program), self._values(self.program)
+        for label, value, dims in zip(labels, values, self._dims(dynamic), strict=False):
+            for axis, dim in dims.items():
+                if dim is not None and not isinstance(dim, int) and isinstance(value.shape[axis], int):
+                    self.notes.append(f"axis {axis} of {label!r} is fixed at {value.shape[axis]}: the model needs it")
+
+
+def _is_axes(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(k, int) for k in value)
+    known = (int, type(None), type(Dim.AUTO))
+    return isinstance(value, tuple | list) and all(isinstance(v, known) or hasattr(v, "__name__") for v in value)
+
+
+def _as_dict(value: Any) -> dict[int, Any]:
+    if isinstance(value, dict):
+        return value
+    return dict(enumerate(value)) if isinstance(value, tuple | list) else {}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost line of code that is neither torch's nor ours."""
+    ours = (str(Path(torch.__file__).parent), str(Path(bitport.__file__ or __file__).parent))
+    found = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        inside = frame.filename.startswith(ours) or frame.filename.startswith("<") or "importlib" in frame.filename
+        if not inside and "contextlib" not in frame.filename:
+            line = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
+            found = f"; at {frame.filename}:{frame.lineno}: {line}"
+    return found
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def save_pt2(graph: Graph, path: str | Path) -> None:
+    """Writes a graph as `.pt2`, with its names, axes and stage; no absolute path or source line is stored."""
+    extra = {
+        "schema": 1,
+        "stage": graph.stage,
+        "notes": graph.notes,
+        "inputs": [{"name": i.name, "shape": list(i.shape)} for i in graph.inputs],
+        "sizes": graph.sizes,
+    }
+    program = graph.export()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(program, str(path), extra_files={NAMES_FILE: json.dumps(extra, sort_keys=True)})
+
+
+def load_pt2(path: str | Path, device: str = "cpu") -> Graph:
+    """Reads a `.pt2` made by `save_pt2` or by plain `torch.export.save`.
+
+    Raises:
+        UnsafeFile: the file needs more than plain tensors; nothing of it was executed.
+        LoadError: it is no readable `.pt2`.
+    """
+    archive = scanned(path)
+    extra = {NAMES_FILE: ""}
+    log = logging.getLogger("torch.export")
+    level = log.level
+    try:
+        with quiet_export():
+            log.setLevel(logging.CRITICAL)  # torch logs what we raise
+            program = torch.export.load(archive, extra_files=extra)
+    except Exception as error:
+        raise LoadError(f"{Path(path).name} is no readable exported program ({_first_line(error)})") from error
+    finally:
+        log.setLevel(level)
+    known = _known(extra[NAMES_FILE])
+    notes = list(known.get("notes", ()))
+    axes = {}
+    for item, label in zip(known.get("inputs", ()), program.graph_signature.user_inputs, strict=False):
+        axes |= {(label, i): axis for i, axis in enumerate(item["shape"]) if isinstance(axis, str)}
+    if device != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, device)
+    graph = from_program(program, None, axes, notes, known.get("stage", "float"))
+    check_weights(graph.gm)
+    if not known and graph.inputs and graph.inputs[0].shape and not isinstance(graph.inputs[0].shape[0], str):
+        first = graph.inputs[0]
+        graph.notes.append(f"axis 0 of {first.name!r} is fixed at {first.shape[0]}: the file was exported so")
+    return graph
+
+
+def _known(text: str | bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and found.get("schema") == 1 else {}

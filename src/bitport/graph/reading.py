@@ -1,0 +1,32 @@
+"""Small questions about a graph that planners and steps ask."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from .graph import Graph
+
+
+def placeholders(graph: Graph) -> list[fx.Node]:
+    """The input nodes, in order."""
+    return list(graph.gm.graph.find_nodes(op="placeholder"))
+
+
+def output_slots(graph: Graph, node: fx.Node) -> list[int]:
+    """Indices of the flat outputs that a node makes."""
+    return [index for index, value in enumerate(graph.output_nodes()) if value is node]
+
+
+def type_name(graph: Graph, node: fx.Node) -> str:
+    """What an override's `type` matches: the module class (`Conv2d`), or the aten operator (`add`)."""
+    if node.op == "call_module":
+        return type(graph.gm.get_submodule(str(node.target))).__name__
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
+
+
+def constant_names(graph: Graph) -> frozenset[str]:
+    """Dotted names of all parameters and buffers, tied ones under each of their names."""
+    parameters = graph.gm.named_parameters(remove_duplicate=False)
+    buffers = graph.gm.named_buffers(remove_duplicate=False)
+    return frozenset(name for name, _ in (*parameters, *buffers))

@@ -1,0 +1,293 @@
+"""Rewrites that keep a network's eval-mode outputs and bring it nearer to what runtimes execute.
+
+    drop_identities   dropout and no-op copies vanish
+    fold_constants    what depends on no input becomes a buffer
+    fold_batch_norms  BatchNorm behind a convolution or Linear goes into its weights
+    split_attention   scaled_dot_product_attention becomes matmul → scale → mask → softmax → matmul
+    normalise         a mean over all pixels is a global average pool; a softmax over one element is 1
+
+Each takes a graph and changes it; `graph.propagate()` has run when it returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..numerics.fold import fold_batch_norm
+from . import names
+from .graph import Graph
+from .match import Op, Operand
+from .shapes import fetch
+
+aten = torch.ops.aten
+CONTRACTIONS = ("conv", "conv_transpose", "linear")
+
+
+def simplify(graph: Graph) -> None:
+    """All rewrites, in the order in which they help each other. The graph's stage becomes `folded`."""
+    drop_identities(graph)
+    split_attention(graph)
+    fold_constants(graph)
+    fold_batch_norms(graph)
+    normalise(graph)
+    _clean(graph)
+    graph.stage = "folded"
+
+
+def drop_identities(graph: Graph) -> None:
+    for node in graph.nodes():
+        if graph.op(node).kind in ("identity", "dropout"):
+            source = graph.op(node).operands[0]
+            assert source is not None and source.node is not None
+            node.replace_all_uses_with(source.node)
+            graph.gm.graph.erase_node(node)
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # without the copies a view may not be one any more
+    _clean(graph)
+
+
+def fold_constants(graph: Graph) -> None:
+    """Evaluate what depends on no input, not even on its size, and is read as a number by something that does."""
+    free = {node for node in graph.nodes() if _depends_on_nothing(node)}
+    for node in [n for n in graph.nodes() if n in free]:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not value.is_floating_point() or all(user in free for user in node.users):
+            continue
+        name = f"constant_{sum(1 for n, _ in graph.gm.named_buffers() if n.startswith('constant_'))}"
+        graph.gm.register_buffer(name, _evaluate(graph, node).detach().clone().contiguous())
+        with graph.gm.graph.inserting_before(node):
+            stored = graph.gm.graph.get_attr(name)
+        stored.meta["val"] = value
+        node.replace_all_uses_with(stored)
+    _clean(graph)
+
+
+def fold_batch_norms(graph: Graph) -> None:
+    for node in graph.nodes():
+        op = graph.op(node)
+        if op.kind != "batch_norm" or op.operands[0] is None or op.operands[0].node is None:
+            continue
+        source = op.operands[0].node
+        if source.op not in ("call_module", "call_function") or len(source.users) != 1:
+            continue
+        before = graph.op(source)
+        if before.kind in CONTRACTIONS and _owns_its_weight(graph, source, before) and _has_statistics(op):
+            _fold_into(graph, source, before, op)
+            node.replace_all_uses_with(source)
+            graph.gm.graph.erase_node(node)
+    _clean(graph)
+
+
+def split_attention(graph: Graph) -> None:
+    for node in graph.nodes():
+        op = graph.op(node)
+        if op.kind == "sdpa":
+            _Attention(graph, node, op).split()
+    _clean(graph)
+
+
+def normalise(graph: Graph) -> None:
+    for node in graph.nodes():
+        op = graph.op(node)
+        if op.kind == "mean" and _is_over_pixels(graph, op):
+            _pool_instead(graph, node, op)
+        elif op.kind == "softmax" and (shape := graph.shape(node)) is not None and shape[op.attrs["dim"]] == 1:
+            # one runtime's integer softmax returns 0 here; the answer is 1 whatever the input
+            new = insert(graph, node, aten.ones_like.default, (_node(op, 0),), graph.name(node))
+            replace(graph, node, new)
+    _clean(graph)
+
+
+# ------------------------------------------------------------------------------------------------ editing
+
+
+def insert(graph: Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], name: str) -> fx.Node:
+    """A new operator called `name` (made unique), in front of a node and in its module's path."""
+    with graph.gm.graph.inserting_before(before):
+        node = graph.gm.graph.call_function(target, args)
+    taken = {n.meta["bitport_name"] for n in graph.gm.graph.nodes if "bitport_name" in n.meta and n is not before}
+    node.meta["bitport_name"] = names.unique(name, taken | {spec.name for spec in graph.inputs})
+    node.meta["bitport_path"] = before.meta.get("bitport_path", "")
+    return node
+
+
+def replace(graph: Graph, old: fx.Node, new: fx.Node) -> None:
+    """`new` takes the users and the name of `old`, which is erased."""
+    name = graph.name(old)
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    graph.gm.graph.erase_node(old)
+    new.meta["bitport_name"] = name
+
+
+def _clean(graph: Graph) -> None:
+    graph.gm.graph.eliminate_dead_code()
+    used = {str(n.target) for n in graph.gm.graph.nodes if n.op == "call_module"}
+    for name, module in list(graph.gm.named_modules()):
+        if name and name not in used and not any(u.startswith(f"{name}.") for u in used) and not list(module.children()):
+            if not any(str(n.target).startswith(f"{name}.") for n in graph.gm.graph.find_nodes(op="get_attr")):
+                graph.gm.delete_submodule(name)
+    graph.gm.recompile()
+    graph.propagate()
+
+
+def _node(op: Op, slot: int) -> fx.Node:
+    operand = op.operands[slot]
+    assert operand is not None and operand.node is not None
+    return operand.node
+
+
+# ------------------------------------------------------------------------------------------------ constants
+
+
+def _depends_on_nothing(node: fx.Node) -> bool:
+    todo = [node]
+    while todo:
+        at = todo.pop()
+        if at.op == "placeholder" or (at.op == "call_module") or "rand" in str(at.target):
+            return False
+        todo += at.all_input_nodes
+    return True
+
+
+def _evaluate(graph: Graph, node: fx.Node) -> Any:
+    if node.op == "get_attr":
+        return fetch(graph.gm, str(node.target))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(graph, n))
+    assert callable(node.target)
+    with torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------ batch norm
+
+
+def _owns_its_weight(graph: Graph, node: fx.Node, op: Op) -> bool:
+    """Whether this is the only use of its weight: what two call sites share can't be scaled for one of them."""
+    weight = op.operands[1]
+    if weight is None or weight.tensor is None:
+        return False
+    value = graph.tensor(weight.tensor)
+    uses = 0
+    for other in graph.nodes():
+        for operand in graph.op(other).operands:
+            if operand is not None and operand.tensor is not None and graph.tensor(operand.tensor) is value:
+                uses += 1
+    return uses == 1
+
+
+def _has_statistics(op: Op) -> bool:
+    return op.operands[3] is not None and op.operands[4] is not None
+
+
+def _fold_into(graph: Graph, node: fx.Node, op: Op, norm: Op) -> None:
+    weight, bias = op.operands[1], op.operands[2]
+    assert weight is not None and weight.tensor is not None
+    read = [None if o is None or o.tensor is None else graph.tensor(o.tensor).detach() for o in norm.operands[1:5]]
+    gamma, beta, mean, var = read
+    assert mean is not None and var is not None
+    new_weight, new_bias = fold_batch_norm(
+        graph.tensor(weight.tensor).detach(),
+        None if bias is None or bias.tensor is None else graph.tensor(bias.tensor).detach(),
+        mean,
+        var,
+        gamma,
+        beta,
+        norm.attrs["eps"],
+        transposed=op.kind == "conv_transpose",
+        groups=op.attrs.get("groups", 1),
+    )
+    graph.set_tensor(weight.tensor, new_weight)
+    _set_bias(graph, node, bias, new_bias, weight.tensor)
+
+
+def _set_bias(graph: Graph, node: fx.Node, bias: Operand | None, value: Tensor, weight: str) -> None:
+    if bias is not None and bias.tensor is not None and node.op == "call_module":
+        graph.set_tensor(bias.tensor, value)
+    elif node.op == "call_module":
+        graph.gm.get_submodule(str(node.target)).bias = nn.Parameter(value)
+    else:
+        # a functional call: the old bias may have other readers, so a new parameter takes its place
+        name = f"{weight.replace('.', '_')}_folded_bias"
+        graph.gm.register_parameter(name, nn.Parameter(value))
+        with graph.gm.graph.inserting_before(node):
+            stored = graph.gm.graph.get_attr(name)
+        args = list(node.args)
+        args += [None] * (3 - len(args))
+        args[2] = stored
+        node.args = tuple(args)
+        node.kwargs = {key: v for key, v in node.kwargs.items() if key != "bias"}
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+class _Attention:
+    """softmax(q · kᵀ · scale + mask) · v, as `torch.nn.functional.scaled_dot_product_attention` documents it."""
+
+    def __init__(self, graph: Graph, node: fx.Node, op: Op) -> None:
+        self.graph, self.node, self.attrs = graph, node, op.attrs
+        self.name = graph.name(node)
+        self.q, self.k, self.v = (_node(op, slot) for slot in range(3))
+        mask = op.operands[3] if len(op.operands) > 3 else None
+        self.mask = None if mask is None else mask.node
+
+    def split(self) -> None:
+        if self.attrs.get("enable_gqa"):
+            self.k, self.v = self._repeat(self.k), self._repeat(self.v)
+        width = self.q.meta["val"].shape[-1]
+        scale = self.attrs.get("scale")
+        rank = self.k.meta["val"].dim()
+        keys = self._new("keys", aten.transpose.int, self.k, rank - 2, rank - 1)
+        scores = self._new("scores", aten.matmul.default, self.q, keys)
+        scores = self._new("scale", aten.mul.Tensor, scores, 1.0 / math.sqrt(int(width)) if scale is None else scale)
+        scores = self._masked(scores)
+        weights = self._new("softmax", aten.softmax.int, scores, rank - 1)
+        replace(self.graph, self.node, self._new("values", aten.matmul.default, weights, self.v))
+
+    def _masked(self, scores: fx.Node) -> fx.Node:
+        mask = self.mask
+        if self.attrs.get("is_causal"):
+            rows = self._new("rows", aten.sym_size.int, self.q, self.q.meta["val"].dim() - 2)
+            columns = self._new("columns", aten.sym_size.int, self.k, self.k.meta["val"].dim() - 2)
+            full = self._new("full", aten.ones.default, [rows, columns])
+            mask = self._new("causal", aten.to.dtype, self._new("tril", aten.tril.default, full), torch.bool)
+        if mask is None:
+            return scores
+        value = mask.meta.get("val")
+        if value is not None and value.is_floating_point():
+            return self._new("masked", aten.add.Tensor, scores, mask)
+        hidden = self._new("hidden", aten.full.default, [], -math.inf)
+        return self._new("masked", aten.where.self, mask, scores, hidden)
+
+    def _repeat(self, value: fx.Node) -> fx.Node:
+        heads, groups = self.q.meta["val"].shape[-3], value.meta["val"].shape[-3]
+        return self._new("repeat", aten.repeat_interleave.self_int, value, int(heads) // int(groups), -3)
+
+    def _new(self, what: str, target: Callable[..., Any], *args: Any) -> fx.Node:
+        node = insert(self.graph, self.node, target, args, f"{self.name}.{what}")
+        return node
+
+
+# ------------------------------------------------------------------------------------------------ pooling
+
+
+def _is_over_pixels(graph: Graph, op: Op) -> bool:
+    shape = graph.shape(_node(op, 0))
+    dims = op.attrs.get("dim")
+    return shape is not None and len(shape) in (4, 5) and dims is not None and tuple(dims) == tuple(range(2, len(shape)))
+
+
+def _pool_instead(graph: Graph, node: fx.Node, op: Op) -> None:
+    source, name = _node(op, 0), graph.name(node)
+    rank = len(graph.shape(source) or ())
+    target = aten.adaptive_avg_pool2d.default if rank == 4 else aten.adaptive_avg_pool3d.default
+    pooled = insert(graph, node, target, (source, [1] * (rank - 2)), f"{name}.pool")
+    if op.attrs.get("keepdim"):
+        replace(graph, node, pooled)
+    else:
+        replace(graph, node, insert(graph, node, aten.flatten.using_ints, (pooled, 1), f"{name}.flatten"))

@@ -1,0 +1,207 @@
+"""Uniform affine quantization: real numbers ⇄ integers with a scale and a zero point.
+
+    q  = clamp(rne(x / scale) + zero_point, low, high)        rne: round half to even
+    x̂  = (q − zero_point) · scale
+
+Source: Jacob et al. 2018, arXiv:1712.05877; ONNX QuantizeLinear/DequantizeLinear, opset 21, whose float32
+arithmetic (a division, not a product with the reciprocal) is followed to the bit.
+
+Legend: C channels, one scale each; scale and zero point are 0-d, or [C] along the dimension `axis`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitport.errors import DataError, FormatError, WeightsError
+from bitport.formats import Format
+from bitport.numerics.arithmetic import along
+
+# Every scale lies between these, so that neither it nor its reciprocal is 0, subnormal or infinite.
+SMALLEST_SCALE = 2.0**-126
+LARGEST_SCALE = 2.0**126
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_INT32_MAX = 2**31 - 1
+# Codes up to here plus a zero point are exact in float32; wider ranges are computed in float64.
+_EXACT_IN_FLOAT32 = 2**22
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int | None = None
+) -> Tensor:
+    """`clamp(rne(x / scale) + zero_point, low, high)`, int32, shape of x.
+
+    Args:
+        x: any shape, any float type; computed in float32. NaN gives the zero point, ±Inf the range's ends.
+        scale, zero_point: float32 and int32, both 0-d or [C].
+        low, high: the range of integers, both ends included.
+        axis: the dimension of x that [C] runs along.
+    """
+    codes = _codes(x, scale, zero_point, low, high, axis)
+    return codes.clamp_(low, high).to(torch.int32)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None) -> Tensor:
+    """`(q − zero_point) · scale`, float32, shape of q.
+
+    The difference is an int32, rounded to float32 where it exceeds 2^24, as runtimes do.
+
+    Args:
+        q: any integer type and shape. scale, zero_point, axis: as in `quantize`.
+    """
+    centred = q.to(torch.int32) - along(zero_point, q.ndim, axis)
+    return centred.float() * along(scale.float(), q.ndim, axis)
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int | None = None
+) -> Tensor:
+    """`dequantize(quantize(x))` that trains: float32, shape of x.
+
+    The gradient with respect to x is the straight-through one (Bengio et al. 2013, arXiv:1308.3432): 1 where
+    rne(x / scale) + zero_point lies in the range, 0 where it was clamped. Scale and zero point are constants.
+    """
+    with torch.no_grad():
+        codes = _codes(x, scale, zero_point, low, high, axis)
+        inside = (codes >= low) & (codes <= high) & torch.isfinite(x)
+        centred = codes.clamp_(low, high) - along(zero_point, x.ndim, axis).to(codes.dtype)
+        value = centred.float() * along(scale.float(), x.ndim, axis)
+    # Adds exactly 0 to the value; only the gradient passes through.
+    passed = torch.where(inside, x.float(), torch.zeros_like(value))
+    return value + (passed - passed.detach())
+
+
+def qparams(minimum: Tensor, maximum: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """The scale and zero point that store the real range [minimum, maximum] in `fmt`.
+
+    The range is widened to include 0.0, which is always stored exactly. Asymmetric:
+    `scale = (maximum − minimum) / (high − low)`, `zero_point = rne(low − minimum / scale)`. Symmetric: the
+    fixed zero point z of the format and `scale = max(|minimum| / (z − low), maximum / (high − z))`; in a
+    two's-complement range the lowest code is left out of the first divisor, so that both signs fit. A range
+    of only 0 has the scale 1. Computed in float64; scales stay within 2^±126 and small enough that no code
+    dequantizes to infinity.
+
+    Args:
+        minimum, maximum: 0-d or [C], any float type, same shape.
+        fmt: an integer format; its granularity isn't looked at.
+
+    Returns: scale (float32) and zero_point (int32), shape of `minimum`.
+
+    Raises:
+        FormatError: `fmt` is a float format.
+        DataError: an end isn't finite, or minimum > maximum.
+    """
+    if not fmt.is_int:
+        raise FormatError(f"{fmt} has no scale and no zero point: give an integer format, such as int8")
+    lower, upper = minimum.detach().double(), maximum.detach().double()
+    if not bool((torch.isfinite(lower) & torch.isfinite(upper) & (lower <= upper)).all()):
+        raise DataError(
+            f"range [{_short(lower)}, {_short(upper)}] can't be quantized: both ends must be finite and in "
+            "order; look for NaN or infinite activations"
+        )
+    lower, upper = lower.clamp(max=0.0), upper.clamp(min=0.0)
+    low, high = fmt.low, fmt.high
+    if fmt.symmetric:
+        below, above = fmt.zero_point - low, high - fmt.zero_point
+        if below == above + 1:
+            below = above
+        step = torch.maximum(-lower / below, upper / above)
+    else:
+        step = (upper - lower) / (high - low)
+    largest = min(LARGEST_SCALE, _FLOAT32_MAX / (high - low) * (1 - 2.0**-23))
+    scale = step.clamp(SMALLEST_SCALE, largest).float()
+    scale = torch.where(step == 0, torch.ones_like(scale), scale)
+    if fmt.symmetric:
+        return scale, torch.full_like(scale, fmt.zero_point, dtype=torch.int32)
+    zero_point = torch.round(low - lower / step.clamp(min=SMALLEST_SCALE)).clamp(low, high)
+    return scale, zero_point.to(torch.int32)
+
+
+def bias_qparams(scale_x: Tensor, scale_w: Tensor) -> tuple[Tensor, Tensor]:
+    """The grid of an int32 bias: scale `scale_x · scale_w` (float32) and zero point 0, shape of scale_w.
+
+    Args:
+        scale_x: 0-d float32. scale_w: 0-d or [C] float32.
+    """
+    scale = scale_x.detach().float() * scale_w.detach().float()
+    return scale, torch.zeros_like(scale, dtype=torch.int32)
+
+
+def quantize_bias(bias: Tensor, scale_x: Tensor, scale_w: Tensor) -> Tensor:
+    """`rne(bias / (scale_x · scale_w))` computed in float64, int32 [C].
+
+    Args:
+        bias: [C] float. scale_x: 0-d float32. scale_w: 0-d or [C] float32.
+
+    Raises:
+        WeightsError: the quotient isn't finite or leaves int32 (use `raise_weight_scale_for_bias` before).
+    """
+    steps = bias.detach().double() / bias_qparams(scale_x, scale_w)[0].double()
+    steps = torch.where(bias.detach() == 0, torch.zeros_like(steps), steps)
+    wrong = ~(steps.abs() < _INT32_MAX)
+    if bool(wrong.any()):
+        raise WeightsError(
+            f"bias of {int(wrong.sum())} channels, first {int(wrong.reshape(-1).nonzero()[0])}, is NaN or "
+            "exceeds int32 on the grid scale_x · scale_w: raise the weight scale "
+            "(numerics.quantize.raise_weight_scale_for_bias) or keep the layer in float"
+        )
+    return torch.round(steps).to(torch.int32)
+
+
+def raise_weight_scale_for_bias(bias: Tensor | None, scale_x: Tensor, scale_w: Tensor) -> Tensor:
+    """The smallest weight scale ≥ scale_w with which the bias fits int32: `|bias / (s_x s_w)| < 2^31 − 1`.
+
+    A channel of tiny weights and an ordinary bias overflows int32 otherwise. The product s_x·s_w is also kept
+    a normal float32 number, because it is the scale of the bias.
+
+    Args:
+        bias: [C] float, or None. scale_x: 0-d float32. scale_w: 0-d or [C] float32.
+
+    Returns: float32, shape of scale_w; unchanged where the bias fits.
+
+    Raises:
+        WeightsError: no float32 scale is large enough.
+    """
+    scale_x, scale = scale_x.detach().float(), scale_w.detach().float()
+    magnitude = torch.zeros_like(scale) if bias is None else bias.detach().abs().to(scale.device)
+    if scale.ndim == 0 and magnitude.ndim:
+        magnitude = magnitude.amax() if magnitude.numel() else torch.zeros_like(scale)
+    magnitude = magnitude.double()
+    x = scale_x.double()
+
+    def fits(candidate: Tensor) -> Tensor:
+        product = scale_x * candidate
+        return (magnitude < _INT32_MAX * product.double()) & (product >= SMALLEST_SCALE)
+
+    needed = (torch.maximum(magnitude / _INT32_MAX, torch.full_like(magnitude, SMALLEST_SCALE)) / x).float()
+    # float32 rounding of the quotient and of the product may each be one step off: start below, walk up.
+    for _ in range(2):
+        needed = torch.nextafter(needed, torch.zeros_like(needed))
+    for _ in range(6):
+        needed = torch.where(
+            fits(needed), needed, torch.nextafter(needed, torch.full_like(needed, torch.inf))
+        )
+    raised = torch.where(fits(scale), scale, torch.maximum(scale, needed))
+    if not bool((fits(raised) & (raised <= LARGEST_SCALE)).all()):
+        raise WeightsError(
+            "a bias is NaN or so large that no float32 weight scale brings it into int32: keep the layer in "
+            "float"
+        )
+    return raised
+
+
+def _codes(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int | None) -> Tensor:
+    """`rne(x / scale) + zero_point` before the clamp, float32 or (wide ranges) float64; NaN → zero_point."""
+    steps = (x.detach().float() / along(scale.detach().float(), x.ndim, axis)).round_()
+    steps = torch.nan_to_num(steps, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    if max(-low, high) > _EXACT_IN_FLOAT32:
+        steps = steps.double()
+    return steps + along(zero_point, x.ndim, axis).to(steps.dtype)
+
+
+def _short(values: Tensor) -> str:
+    flat = values.reshape(-1).tolist()
+    return (
+        f"{flat[0]:g}" if len(flat) == 1 else f"{len(flat)} channels, first {flat[0]:g}" if flat else "none"
+    )

@@ -1,0 +1,367 @@
+"""Range estimators: from the distribution of a tensor to the real range [minimum, maximum] that is stored.
+
+    minmax        the exact extremes
+    percentile    the range that keeps q percent of the values
+    mse           argmin over the range of E[(x − dequantize(quantize(x)))²]
+                  (Nagel et al. 2021, "A White Paper on Neural Network Quantization", arXiv:2106.08295, 3.1)
+
+A new estimator is one function with `@_estimator` on a `Histogram`; `@_for_weights` adds an exact version for
+tensors where the distribution per channel is at hand.
+
+Legend: C channels, K values per channel, B histogram bins.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitport.errors import FormatError, RecipeError, UnknownName, WeightsError
+from bitport.formats import Format
+from bitport.numerics.histogram import Histogram
+from bitport.numerics.quantize import qparams
+
+__all__ = [
+    "Histogram",
+    "Spec",
+    "estimate",
+    "expected_error",
+    "known",
+    "minmax",
+    "mse",
+    "percentile",
+    "weight_ranges",
+]
+
+Spec = str | Mapping[str, Any]
+Estimator = Callable[..., tuple[float, float]]
+TensorEstimator = Callable[..., tuple[Tensor, Tensor]]
+# Maps the candidate ends of the range, [C] each, to the squared error of each channel, [C].
+_Errors = Callable[[Tensor, Tensor], Tensor]
+
+_ESTIMATORS: dict[str, Estimator] = {}
+_WEIGHT_ESTIMATORS: dict[str, TensorEstimator] = {}
+# Weights are searched in blocks of about this many elements, which stay in the processor's cache.
+_BLOCK = 2**18
+# A narrower range must gain at least this share of the error, so that rounding noise never narrows one.
+_GAIN = 1 - 1e-6
+
+
+def _estimator(function: Estimator) -> Estimator:
+    _ESTIMATORS[function.__name__] = function
+    return function
+
+
+def _for_weights(name: str) -> Callable[[TensorEstimator], TensorEstimator]:
+    def register(function: TensorEstimator) -> TensorEstimator:
+        _WEIGHT_ESTIMATORS[name] = function
+        return function
+
+    return register
+
+
+def known() -> dict[str, str]:
+    """The range estimators: name → one-line summary."""
+    return {name: (inspect.getdoc(f) or "").splitlines()[0] for name, f in sorted(_ESTIMATORS.items())}
+
+
+def estimate(h: Histogram, fmt: Format, spec: Spec) -> tuple[float, float]:
+    """The range to store for the values of a histogram; (0.0, 0.0) if it saw none.
+
+    Args:
+        h: the values' histogram.
+        fmt: the integer format they are stored in.
+        spec: an estimator's name, or a table of its name and options: `{"use": "percentile", "q": 99.9}`.
+
+    Raises:
+        UnknownName: no such estimator. RecipeError: an unknown or impossible option.
+    """
+    function, options = _resolve(spec)
+    return function(h, fmt, **options) if h.counts.numel() else (0.0, 0.0)
+
+
+def weight_ranges(w: Tensor, fmt: Format, spec: Spec) -> tuple[Tensor, Tensor]:
+    """The ranges to store for a weight tensor, computed on the tensor itself.
+
+    Args:
+        w: any shape and float type.
+        fmt: an integer format; granularity "channel" gives one range per index of `fmt.axis`.
+        spec: as for `estimate`.
+
+    Returns: (minimum, maximum), float32, [C] or 0-d. A channel without elements or of zeros gets (0, 0).
+
+    Raises:
+        UnknownName, RecipeError: as `estimate`.
+        FormatError: the format's channel axis is missing or not an axis of w.
+        WeightsError: w holds NaN or infinite values.
+    """
+    function, options = _resolve(spec)
+    w_CK = _channels(w.detach().float(), fmt)
+    wrong = w_CK.numel() - int(torch.isfinite(w_CK).sum())
+    if wrong:
+        raise WeightsError(f"weights hold {wrong} NaN or infinite values: repair the float network first")
+    if w_CK.numel() == 0:
+        low_C = high_C = torch.zeros(w_CK.shape[0], device=w.device)
+    elif exact := _WEIGHT_ESTIMATORS.get(function.__name__):
+        low_C, high_C = exact(w_CK, fmt, **options)
+    else:
+        low_C, high_C = _through_histograms(w_CK, fmt, function, options)
+    if fmt.granularity == "channel":
+        return low_C, high_C
+    return low_C.reshape(()), high_C.reshape(())
+
+
+# ---------------------------------------------------------------- the estimators
+
+
+@_estimator
+def minmax(h: Histogram, fmt: Format) -> tuple[float, float]:
+    """The exact smallest and largest value."""
+    return h.minimum, h.maximum
+
+
+@_estimator
+def percentile(h: Histogram, fmt: Format, *, q: float = 99.99) -> tuple[float, float]:
+    """The range that keeps q percent of the values.
+
+    A symmetric format cuts the largest magnitudes. Otherwise half of the rest is cut at each end, or all of
+    it at the far end where the values have one sign. Inside a bin the values are taken as spread evenly.
+
+    Args:
+        q: 50 < q ≤ 100; 100 is `minmax`.
+
+    Raises:
+        RecipeError: q is outside its range.
+    """
+    outside = _outside(q)
+    if outside == 0.0:
+        return h.minimum, h.maximum
+    edges, counts = h.edges(), h.counts.double()
+    if fmt.symmetric:
+        negative = int((edges[:-1] < 0).sum())
+        below, above = counts[:negative].flip(0), counts[negative:]
+        sides = max(below.numel(), above.numel())
+        folded = torch.zeros(sides, dtype=torch.float64)
+        folded[: below.numel()] += below
+        folded[: above.numel()] += above
+        reach = max(-h.minimum, h.maximum)
+        folded_edges = (torch.arange(sides + 1, dtype=torch.float64) * 2.0**h.exponent).clamp(max=reach)
+        bound = _quantile(folded_edges, folded, 1 - outside)
+        return max(h.minimum, -bound), min(h.maximum, bound)
+    if h.minimum >= 0:
+        return h.minimum, max(h.minimum, _quantile(edges, counts, 1 - outside))
+    if h.maximum <= 0:
+        return min(h.maximum, -_quantile(-edges.flip(0), counts.flip(0), 1 - outside)), h.maximum
+    return (
+        max(h.minimum, -_quantile(-edges.flip(0), counts.flip(0), 1 - outside / 2)),
+        min(h.maximum, _quantile(edges, counts, 1 - outside / 2)),
+    )
+
+
+@_estimator
+def mse(h: Histogram, fmt: Format) -> tuple[float, float]:
+    """The range with the smallest expected squared quantization error.
+
+    Found by the grid search of `_search`, which starts from `minmax` and is never worse than it.
+
+    Raises:
+        FormatError: `fmt` is a float format.
+    """
+    low, high = torch.tensor([[h.minimum], [h.maximum]], dtype=torch.float64)
+    edges, counts = h.edges(), h.counts.double()
+    low, high = _search(lambda a, b: _histogram_error(edges, counts, a, b, fmt), low, high, fmt.symmetric)
+    return float(low), float(high)
+
+
+def expected_error(h: Histogram, fmt: Format, minimum: float, maximum: float) -> float:
+    """E[(x − dequantize(quantize(x)))²] of a histogram's values stored with a range; the measure of `mse`.
+
+    The values of a bin are taken as spread evenly over it.
+    """
+    low, high = torch.tensor([[minimum], [maximum]], dtype=torch.float64)
+    total = float(_histogram_error(h.edges(), h.counts.double(), low, high, fmt))
+    return total / max(h.count, 1)
+
+
+@_for_weights("minmax")
+def _minmax_of_weights(w_CK: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    return w_CK.amin(1), w_CK.amax(1)
+
+
+@_for_weights("percentile")
+def _percentile_of_weights(w_CK: Tensor, fmt: Format, *, q: float = 99.99) -> tuple[Tensor, Tensor]:
+    """As `percentile`, with the smallest value below or at which enough values lie."""
+    outside, size = _outside(q), w_CK.shape[1]
+    low, high = w_CK.amin(1), w_CK.amax(1)
+
+    def rank(share: float) -> int:
+        return max(0, math.ceil(share * size - 1e-9) - 1)
+
+    if fmt.symmetric:
+        bound = w_CK.abs().sort(1).values[:, rank(1 - outside)]
+        return low.maximum(-bound), high.minimum(bound)
+    ordered = w_CK.sort(1).values
+    one, half = rank(1 - outside), rank(1 - outside / 2)
+    upper = torch.where(low >= 0, ordered[:, one], torch.where(high <= 0, high, ordered[:, half]))
+    lower = torch.where(
+        high <= 0, ordered[:, size - 1 - one], torch.where(low >= 0, low, ordered[:, size - 1 - half])
+    )
+    return lower, upper
+
+
+@_for_weights("mse")
+def _mse_of_weights(w_CK: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    lows, highs = [], []
+    for part in torch.split(w_CK, max(1, _BLOCK // w_CK.shape[1])):
+        low, high = part.amin(1), part.amax(1)
+        # Errors relative to the largest weight: their squares can't overflow.
+        size = torch.maximum(-low, high).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+
+        def errors(low: Tensor, high: Tensor, part: Tensor = part, size: Tensor = size) -> Tensor:
+            scale, zero_point = (p[:, None] for p in qparams(low, high, fmt))
+            offset = zero_point.float()
+            codes = (part / scale).round_().add_(offset).clamp_(fmt.low, fmt.high).sub_(offset)
+            return codes.mul_(scale).sub_(part).div_(size).square_().sum(1, dtype=torch.float64)
+
+        low, high = _search(errors, low, high, fmt.symmetric)
+        lows.append(low)
+        highs.append(high)
+    return torch.cat(lows), torch.cat(highs)
+
+
+# ---------------------------------------------------------------- how they are found
+
+
+def _search(errors: _Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The ends [C] of the range with the smallest error per channel, by a grid search over shrink factors.
+
+    The exact extremes are multiplied by factors ≤ 1: first both by the same one, from a ladder 2^0, 2^-½ …
+    2^-10; then, unless the format is symmetric or all values have one sign, each end by its own; then the
+    grid is refined around the best in steps of 2^¼ to 2^1/32. An end at 0 stays there. Every range is
+    compared by `errors`, the exact extremes among them, and the best is kept.
+    """
+    ladder = [2.0 ** (-step / 2) for step in range(1, 21)]
+    reach = torch.maximum(-low, high)
+
+    def ends(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        if symmetric:
+            return low.maximum(-reach * b), high.minimum(reach * b)
+        return low * a, high * b
+
+    best_a, best_b = torch.ones_like(low), torch.ones_like(high)
+    best = errors(low, high)
+
+    def attempt(a: Tensor, b: Tensor) -> None:
+        nonlocal best_a, best_b, best
+        a, b = a.clamp(max=1.0), b.clamp(max=1.0)
+        found = errors(*ends(a, b))
+        better = found < best * _GAIN
+        best_a, best_b = torch.where(better, a, best_a), torch.where(better, b, best_b)
+        best = torch.where(better, found, best)
+
+    one = torch.ones_like(low)
+    both_ends = not symmetric and bool(((low < 0) & (high > 0)).any())
+    for factor in ladder:
+        attempt(one * factor, one * factor)
+    if both_ends:
+        for factor in (1.0, *ladder):
+            attempt(one * factor, best_b)
+        for factor in (1.0, *ladder):
+            attempt(best_a, one * factor)
+        for factor in (1.0, *ladder):
+            attempt(one * factor, best_b)
+    for octave in (1 / 4, 1 / 8, 1 / 16, 1 / 32):
+        step = 2.0**octave
+        moves = [(step, step), (1 / step, 1 / step)]
+        if both_ends:
+            moves += [(step, 1.0), (1 / step, 1.0), (1.0, step), (1.0, 1 / step)]
+        for move_a, move_b in moves:
+            attempt(best_a * move_a, best_b * move_b)
+    return ends(best_a, best_b)
+
+
+def _histogram_error(edges: Tensor, counts: Tensor, low: Tensor, high: Tensor, fmt: Format) -> Tensor:
+    """The summed squared error, float64 [1], of a histogram's values stored with the range [low, high].
+
+    In units of the scale, with n(t) = clamp(rne(t)) the code next to t, ∫(t − n(t))² dt from 0 is
+    n/12 + (t − n)³/3: each whole cell adds 1/12. The error of a bin is the integral's mean over the bin.
+    """
+    scale, zero_point = qparams(low, high, fmt)
+    offset = zero_point.double()
+    t = edges / scale.double()
+    nearest = t.round().clamp(fmt.low - offset, fmt.high - offset)
+    integral = nearest / 12 + (t - nearest) ** 3 / 3
+    width = t.diff()
+    # The integrals' difference cancels in a very narrow bin, which is a single point for all purposes.
+    narrow = width < 1e-6
+    mean = torch.where(narrow, (t - nearest)[1:] ** 2, integral.diff() / torch.where(narrow, 1.0, width))
+    return (mean @ counts * scale.double() ** 2).reshape(1)
+
+
+def _quantile(edges: Tensor, counts: Tensor, share: float) -> float:
+    """The value below which `share` of the counts lie, interpolated inside its bin."""
+    total = counts.cumsum(0)
+    wanted = share * float(total[-1])
+    index = min(int(torch.searchsorted(total, wanted)), counts.numel() - 1)
+    before = float(total[index] - counts[index])
+    inside = (wanted - before) / float(counts[index]) if counts[index] > 0 else 1.0
+    left, right = float(edges[index]), float(edges[index + 1])
+    return left + (right - left) * min(max(inside, 0.0), 1.0)
+
+
+def _outside(q: float) -> float:
+    """The share of values that `percentile` cuts."""
+    if isinstance(q, bool) or not isinstance(q, int | float) or not 50 < q <= 100:
+        raise RecipeError(f"range 'percentile' has q = {q!r}: give a number above 50 and up to 100")
+    return 1 - q / 100
+
+
+def _channels(w: Tensor, fmt: Format) -> Tensor:
+    """w as [C, K], C = 1 unless the format is per channel."""
+    if fmt.granularity != "channel":
+        return w.reshape(1, -1)
+    if fmt.axis is None or not -w.ndim <= fmt.axis < w.ndim:
+        raise FormatError(
+            f"format {fmt} needs a channel axis of a weight with {w.ndim} dimensions: write channel(AXIS)"
+        )
+    moved = w.movedim(fmt.axis, 0)
+    return moved.reshape(moved.shape[0], moved.numel() // max(moved.shape[0], 1))
+
+
+def _through_histograms(
+    w_CK: Tensor, fmt: Format, function: Estimator, options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The ranges of an estimator without a version for tensors: one histogram per channel."""
+    ranges = []
+    for w_K in w_CK:
+        h = Histogram()
+        h.update(w_K)
+        ranges.append(function(h, fmt, **options))
+    low_C, high_C = torch.tensor(ranges, dtype=torch.float32, device=w_CK.device).unbind(1)
+    return low_C, high_C
+
+
+def _resolve(spec: Spec) -> tuple[Estimator, dict[str, Any]]:
+    """The estimator and the options that a spec names."""
+    table: dict[str, Any] = {"use": spec} if isinstance(spec, str) else dict(spec)
+    name = table.pop("use", None)
+    if not isinstance(name, str):
+        raise RecipeError(f'range {spec!r} names no estimator: write {{use = "percentile", q = 99.9}}')
+    if name not in _ESTIMATORS:
+        raise UnknownName("range", name, _ESTIMATORS)
+    allowed = [
+        option.name
+        for option in inspect.signature(_ESTIMATORS[name]).parameters.values()
+        if option.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    for option in table:
+        if option not in allowed:
+            raise RecipeError(
+                f"range {name!r} has no option {option!r}: allowed are {', '.join(allowed) or 'none'}"
+            )
+    return _ESTIMATORS[name], table

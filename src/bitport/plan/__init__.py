@@ -1,0 +1,9 @@
+"""rules × graph → Plan; Plan → quantize/dequantize operators."""
+
+from __future__ import annotations
+
+from .decide import Override, TensorOptions, decide
+from .lower import Lowered, lower
+from .model import NodePlan, Plan, TensorPlan
+
+__all__ = ["Lowered", "NodePlan", "Override", "Plan", "TensorOptions", "TensorPlan", "decide", "lower"]

@@ -1,0 +1,88 @@
+"""Constants as integers: what a Plan makes of weights and biases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import GraphError
+from ..graph import Graph
+from ..graph.reading import constant_names
+from ..numerics.arithmetic import QTensor
+from ..numerics.quantize import quantize, quantize_bias
+from .model import Plan, TensorPlan
+
+
+def settle(plan: Plan) -> Plan:
+    """Fill in every tie whose parameters follow from others': fixed ranges, biases, products with constants.
+
+    Raises GraphError for a tie that nothing determines.
+    """
+    done: dict[str, TensorPlan] = {}
+
+    def resolve(name: str) -> TensorPlan:
+        if name not in done:
+            done[name] = _settled(plan.ties[name], [resolve(other) for other in plan.ties[name].of])
+        return done[name]
+
+    for name in plan.ties:
+        resolve(name)
+    return plan.with_ties(done)
+
+
+def _settled(tie: TensorPlan, of: list[TensorPlan]) -> TensorPlan:
+    if tie.source == "fixed":
+        assert tie.bounds is not None
+        low, high = tie.bounds
+        levels = tie.format.high - tie.format.low + 1
+        scale = torch.tensor((high - low) / levels, dtype=torch.float32)
+        zero_point = torch.tensor(round(tie.format.low - low * levels / (high - low)), dtype=torch.int32)
+        return replace(tie, scale=scale, zero_point=zero_point)
+    if tie.source == "bias":
+        (x_scale, _), (w_scale, _) = of[0].parameters(), of[1].parameters()
+        scale = x_scale * w_scale
+        return replace(tie, scale=scale, zero_point=torch.zeros_like(scale, dtype=torch.int32))
+    if tie.source == "scaled":
+        scale, zero_point = of[0].parameters()
+        return replace(tie, scale=scale * torch.tensor(tie.factor, dtype=torch.float32), zero_point=zero_point)
+    tie.parameters()
+    return tie
+
+
+def constant_integers(graph: Graph, plan: Plan, tensor: str, tie_name: str) -> QTensor:
+    """The integers that a parameter is stored as under a tie. q: int32, shape of the parameter."""
+    tie = plan.ties[tie_name]
+    scale, zero_point = tie.parameters()
+    value = graph.tensor(tensor).detach()
+    fmt = tie.format
+    if tie.source == "bias":
+        x_scale, _ = plan.ties[tie.of[0]].parameters()
+        w_scale, _ = plan.ties[tie.of[1]].parameters()
+        q = quantize_bias(value, x_scale, w_scale)
+        return QTensor(q, scale, zero_point, -(2**31), 2**31 - 1, 0 if scale.ndim else None)
+    if fmt.kind != "int":
+        raise GraphError(f"{tensor}: {fmt} is not an integer format")
+    q = quantize(value, scale, zero_point, fmt.low, fmt.high, fmt.axis)
+    return QTensor(q, scale, zero_point, fmt.low, fmt.high, fmt.axis)
+
+
+def on_grid(graph: Graph, plan: Plan) -> None:
+    """Put each weight of `graph`, in place, on the grid that the plan stores it on, where it has just one."""
+    users: dict[str, set[str]] = {}
+    for edge, tie in plan.edges.items():
+        if plan.ties[tie].source == "weight":
+            users.setdefault(edge.producer, set()).add(tie)
+        elif edge.producer in users or _is_parameter(graph, edge.producer):
+            users.setdefault(edge.producer, set()).add(tie)
+    for tensor, ties in users.items():
+        if len(ties) == 1:
+            (tie,) = ties
+            if plan.ties[tie].source == "bias":
+                continue  # int32 has more digits than float32: a bias is rounded once, at its use
+            graph.set_tensor(tensor, constant_integers(graph, plan, tensor, tie).dequantize())
+
+
+def _is_parameter(graph: Graph, name: str) -> bool:
+    return name in constant_names(graph)

@@ -1,0 +1,170 @@
+"""The Plan: edge → tie, tie → Format and parameters. The only thing that says what is quantized and how.
+
+An edge that isn't in the plan carries float. Edges with the same *tie* carry the same integers' meaning: one
+format, one scale, one zero point. Integers are signed inside (`int8`: −128..127); a runtime that wants unsigned
+ones shifts them at export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from ..errors import GraphError
+from ..formats import Format
+from ..graph import Edge
+
+Source = Literal["measured", "weight", "fixed", "bias", "scaled"]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How the tensors of one tie are stored.
+
+    Attributes:
+        format: the numbers' Format.
+        source: where the parameters come from: `measured` on data, from the `weight` itself, `fixed` by the
+            operator, a `bias` (scale_x · scale_w), or `scaled` (another tie's scale times a constant).
+        range: range estimator (name or table), for `measured` and `weight`.
+        members: names of producers (nodes, inputs, parameters) whose values define the range.
+        of: ties this one derives from: (x, weight) of a bias, (operand,) of a scaled tensor.
+        factor: the constant of a `scaled` tie.
+        bounds: the real range of a `fixed` tie.
+        scale: float32, 0-d or [C]; None until measured.
+        zero_point: int32, same shape.
+    """
+
+    format: Format
+    source: Source
+    range: str | Mapping[str, Any] = "minmax"
+    members: tuple[str, ...] = ()
+    of: tuple[str, ...] = ()
+    factor: float = 1.0
+    bounds: tuple[float, float] | None = None
+    scale: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
+
+    def parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale, zero_point). Raises GraphError while they are unknown."""
+        if self.scale is None or self.zero_point is None:
+            raise GraphError(f"the range of {', '.join(self.members) or 'a tensor'} was never measured: calibrate first")
+        return self.scale, self.zero_point
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """What becomes of one operator.
+
+    Attributes:
+        kernel: the integer kernel it is meant to run in; None: float.
+        reason: why it stays in float.
+        role: the rule's role (`compute`, `elementwise`, `move`, `scaled`), None for float.
+        absorbs: the ReLU-like successor that the kernel's saturation replaces.
+        absorbed_by: set on that successor.
+    """
+
+    kernel: str | None = None
+    reason: str | None = None
+    role: str | None = None
+    absorbs: str | None = None
+    absorbed_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Immutable; steps return changed copies. `empty` quantizes nothing."""
+
+    target: str
+    edges: Mapping[Edge, str]
+    ties: Mapping[str, TensorPlan]
+    nodes: Mapping[str, NodePlan]
+
+    @classmethod
+    def empty(cls, target: str) -> Plan:
+        return cls(target, {}, {}, {})
+
+    def node(self, name: str) -> NodePlan:
+        return self.nodes.get(name, NodePlan())
+
+    def tie_of(self, producer: str) -> str | None:
+        """The tie that a producer's integers leave with (None: float only)."""
+        return self._produced().get(producer)
+
+    def _produced(self) -> dict[str, str]:
+        cached: dict[str, str] | None = self.__dict__.get("_cache")
+        if cached is None:
+            cached = {edge.producer: tie for edge, tie in self.edges.items() if not self._constant(tie)}
+            object.__setattr__(self, "_cache", cached)
+        return cached
+
+    def _constant(self, tie: str) -> bool:
+        return self.ties[tie].source in ("weight", "bias")
+
+    def with_ties(self, changed: Mapping[str, TensorPlan]) -> Plan:
+        return replace(self, ties={**self.ties, **changed})
+
+    def measured(self) -> dict[str, TensorPlan]:
+        return {name: tie for name, tie in self.ties.items() if tie.source == "measured"}
+
+    @property
+    def quantized(self) -> bool:
+        return bool(self.edges)
+
+    # ------------------------------------------------------------------ text
+
+    def to_record(self) -> dict[str, Any]:
+        """A JSON-able record; `from_record` gives an equal plan back."""
+        return {
+            "schema": 1,
+            "target": self.target,
+            "edges": [
+                {"producer": e.producer, "consumer": e.consumer, "slot": e.slot, "tie": tie}
+                for e, tie in self.edges.items()
+            ],
+            "ties": {name: _tie_record(tie) for name, tie in self.ties.items()},
+            "nodes": {
+                name: {key: value for key, value in vars(node).items() if value is not None}
+                for name, node in self.nodes.items()
+            },
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Plan:
+        edges = {Edge(e["producer"], e["consumer"], int(e["slot"])): str(e["tie"]) for e in record["edges"]}
+        ties = {str(name): _tie_from(value) for name, value in record["ties"].items()}
+        nodes = {str(name): NodePlan(**value) for name, value in record["nodes"].items()}
+        return cls(str(record["target"]), edges, ties, nodes)
+
+
+def _tie_record(tie: TensorPlan) -> dict[str, Any]:
+    record: dict[str, Any] = {"format": str(tie.format), "source": tie.source}
+    if tie.source in ("measured", "weight"):
+        record["range"] = dict(tie.range) if isinstance(tie.range, Mapping) else tie.range
+    for key in ("members", "of", "bounds"):
+        if getattr(tie, key):
+            record[key] = list(getattr(tie, key))
+    if tie.source == "scaled":
+        record["factor"] = tie.factor
+    if tie.scale is not None and tie.zero_point is not None:
+        # float32 → double → shortest decimal is exact in both directions
+        record["scale"], record["zero_point"] = tie.scale.tolist(), tie.zero_point.tolist()
+    return record
+
+
+def _tie_from(record: Mapping[str, Any]) -> TensorPlan:
+    scale, zero_point = record.get("scale"), record.get("zero_point")
+    bounds = record.get("bounds")
+    return TensorPlan(
+        format=Format.parse(record["format"]),
+        source=record["source"],
+        range=record.get("range", "minmax"),
+        members=tuple(record.get("members", ())),
+        of=tuple(record.get("of", ())),
+        factor=float(record.get("factor", 1.0)),
+        bounds=(float(bounds[0]), float(bounds[1])) if bounds else None,
+        scale=None if scale is None else torch.tensor(scale, dtype=torch.float32),
+        zero_point=None if zero_point is None else torch.tensor(zero_point, dtype=torch.int32),
+    )

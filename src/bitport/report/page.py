@@ -1,0 +1,270 @@
+"""`report.html`: one file, no request to anywhere, made from the records of an artifact folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from .. import records, wording
+from ..errors import ArtifactError
+from ..verify.verdict import judge, metric_label, subject
+from .figures import drawn, figures
+from .summary import Row, comparison, reason, section, sqnr
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_MOST_ROWS = 500
+_SOURCES = {
+    "measured": "activations, range measured on the calibration data",
+    "fixed": "activations whose range the operator fixes",
+    "scaled": "activations that follow from another tensor by a constant",
+    "weight": "weights",
+    "bias": "biases, on the grid of input × weight",
+}
+
+
+def render(folder: Path) -> Path:
+    """Write `report.html` into an artifact folder and return its path.
+
+    Reads `measurements.json` (required), `plan.json`, `manifest.json` and `recipe.toml`; what isn't there is
+    said on the page. The same records give the same bytes.
+
+    Raises:
+        ArtifactError: the folder has no measurements, or a record can't be read or the page written.
+    """
+    folder = Path(folder)
+    if not (folder / "measurements.json").is_file():
+        raise ArtifactError(f"{folder} has no measurements.json: run bitport verify {folder} first")
+    page = to_html(
+        records.load(folder / "measurements.json"),
+        plan=_optional(folder / "plan.json"),
+        manifest=_optional(folder / "manifest.json"),
+        recipe=_text(folder / "recipe.toml"),
+    )
+    return _write(folder / "report.html", page)
+
+
+def to_html(
+    record: Mapping[str, Any],
+    *,
+    plan: Mapping[str, Any] | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    recipe: str | None = None,
+) -> str:
+    """The page as text, from the records themselves."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in (
+        "about",
+        "size",
+        "milliseconds",
+        "count",
+        "large",
+        "percent",
+        "times",
+        "decibel",
+        "plain",
+        "threads",
+    ):
+        environment.filters[name] = getattr(wording, name)
+    layers = record.get("layers") or []
+    verdict = record.get("verdict") or judge(record)
+    made = figures(record)
+    return environment.get_template("page.html.j2").render(
+        record=record,
+        verdict=verdict,
+        status=_status(verdict),
+        # the badge says it already
+        sentence=str(verdict["sentence"]).removeprefix("rejected: ").removeprefix("undecided: "),
+        subject=subject(record),
+        cards=_cards(record),
+        rows=comparison(record),
+        task=section(record, "task"),
+        label=metric_label(section(record, "task").get("metric") or "accuracy"),
+        parity=section(record, "parity"),
+        integer=section(record, "integer"),
+        latency=section(record, "latency"),
+        size=section(record, "size"),
+        memory=section(record, "memory"),
+        optimizer=section(record, "optimizer"),
+        layers=[
+            {**layer, "number": number, "sqnr": sqnr(layer)} for number, layer in drawn(layers, _MOST_ROWS)
+        ],
+        layer_total=len(layers),
+        formats=_formats(plan),
+        provenance=_provenance(record, manifest),
+        files=section(manifest or {}, "files"),
+        recipe=recipe,
+        command=_command(record),
+        why=lambda name, key=None: reason(record, name, key),
+        figures=made,
+        figures_json=_script_json(made),
+        plotly=_plotly() if made else "",
+        style=Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        charts=Markup((_TEMPLATES / "charts.js").read_text(encoding="utf-8")),
+    )
+
+
+def _optional(path: Path) -> Mapping[str, Any] | None:
+    if not path.is_file():
+        return None
+    loaded: Mapping[str, Any] = records.load(path)
+    return loaded
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} can't be read ({error}): run compress again") from error
+
+
+def _write(path: Path, page: str) -> Path:
+    """Old whole or new whole, also when the disk is full."""
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="replace", dir=path.parent, prefix=".report.", delete=False
+        ) as stream:
+            temporary = Path(stream.name)
+            stream.write(page)
+        # a temporary file is private; the report is as readable as its neighbours
+        os.chmod(temporary, (path.parent / "measurements.json").stat().st_mode & 0o666)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"{path} can't be written ({error.strerror}): free the disk or its permissions"
+        ) from error
+    return path
+
+
+def _plotly() -> Markup:
+    from plotly.offline import get_plotlyjs
+
+    # the library is put inside a script element, which these letters would end
+    return Markup(get_plotlyjs().replace("</script", "<\\/script"))
+
+
+def _script_json(value: object) -> Markup:
+    """JSON that can stand inside a script element: no tag, comment or entity can start in it."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for char in "<>&":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return Markup(text)
+
+
+def _status(verdict: Mapping[str, Any]) -> str:
+    """`holds`, `fails`, `undecided`, or `measured` when no gate was set."""
+    gates = [gate["verdict"] for gate in verdict.get("gates") or ()]
+    if "fails" in gates:
+        return "fails"
+    if not verdict["passed"]:
+        return "undecided"
+    return "holds" if gates else "measured"
+
+
+def _cards(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(figure, what it is, detail) for the five questions that people ask first."""
+    task, latency = section(record, "task"), section(record, "latency")
+    binary = bool(task.get("binary"))
+    parity = section(record, "parity")
+    size = section(record, "size")
+    drop = task.get("drop")
+    integer = section(record, "integer")
+    islands = len(integer.get("float_ops") or ())
+    # the sign is the metric's own direction of worse, so that "−" always means lost
+    lost = wording.ABSENT if drop is None else f"{'+' if drop < 0 else '−' if drop > 0 else ''}"
+    return [
+        (
+            lost if drop is None else f"{lost}{wording.change(abs(drop), binary)}",
+            ("points of " if binary else "") + metric_label(task.get("metric") or "accuracy"),
+            reason(record, "task", "drop")
+            if drop is None
+            else f"on {wording.count(task.get('samples'))} samples",
+        ),
+        (
+            wording.times(latency.get("speedup")),
+            "speed",
+            latency.get("verdict") or reason(record, "latency", "speedup"),
+        ),
+        (
+            wording.times(size.get("ratio")),
+            "file size",
+            wording.size(size.get("compressed_bytes")) if size else reason(record, "size"),
+        ),
+        (
+            wording.percent(integer.get("mac_share")),
+            "of the MACs in integers",
+            f"{islands} operator{'' if islands == 1 else 's'} in float"
+            if integer.get("mac_share") is not None
+            else reason(record, "integer", "mac_share"),
+        ),
+        (
+            wording.percent(parity.get("exact_share")),
+            "equal to the simulation",
+            f"furthest: {_steps(parity['max_steps'])}"
+            if parity.get("max_steps") is not None
+            else reason(record, "parity"),
+        ),
+    ]
+
+
+def _steps(number: int) -> str:
+    return f"{number} step{'' if number == 1 else 's'}"
+
+
+def _formats(plan: Mapping[str, Any] | None) -> list[tuple[str, str, int]]:
+    """(what, format, number of tensors) of the plan, most frequent first."""
+    counts: dict[tuple[str, str], int] = {}
+    for tie in section(plan or {}, "ties").values():
+        key = (_SOURCES.get(tie.get("source"), str(tie.get("source"))), str(tie.get("format")))
+        counts[key] = counts.get(key, 0) + 1
+    return [(what, fmt, n) for (what, fmt), n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def _provenance(record: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Everything needed to make it again, as (key path, value)."""
+    kept = {key: record.get(key) for key in ("model", "host", "seed", "versions", "seconds")}
+    others = {k: v for k, v in (manifest or {}).items() if k not in ("files", "schema", *kept)}
+    return [item for key, value in {**kept, **others}.items() for item in _flat(key, value)]
+
+
+def _flat(path: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(f"{path}.{key}", inner)
+    elif isinstance(value, list | tuple):
+        yield path, ", ".join(wording.plain(item) for item in value)
+    elif value is not None:
+        yield path, wording.plain(value)
+
+
+def _command(record: Mapping[str, Any]) -> str:
+    """The command that makes this artifact again; capitals stand for the user's own files."""
+    if record.get("command"):
+        return wording.plain(record["command"], 2000)
+    task = section(record, "task")
+    target = shlex.quote(wording.plain(record.get("target")))
+    parts = [f"bitport compress MODEL --target {target} --recipe recipe.toml --data DATA"]
+    if task.get("metric"):
+        parts.append(f"--eval EVAL --metric {shlex.quote(wording.plain(task['metric']))}")
+    if task.get("max_drop") is not None:
+        parts.append(f"--max-drop {task['max_drop']:g}")
+    return " ".join([*parts, "--out OUT"])
+
+
+__all__ = ["Row", "render", "to_html"]

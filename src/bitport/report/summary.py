@@ -1,0 +1,153 @@
+"""What a measurement record says, as rows of text. The page and the terminal show the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import wording
+from ..verify.verdict import metric_label
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the before/after table; an empty cell is the empty string."""
+
+    label: str
+    float: str = ""
+    simulated: str = ""
+    runtime: str = ""
+    change: str = ""
+
+
+def section(record: Record, name: str) -> Mapping[str, Any]:
+    """A section of the record; empty where it is null or missing."""
+    value = record.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def reason(record: Record, name: str, key: str | None = None) -> str:
+    """Why a section, or a key of it, has no value."""
+    inside = section(record, name).get(f"{key}_reason") if key else None
+    found = inside or record.get(f"{name}_reason") or "not measured"
+    return wording.plain(found, 400)
+
+
+def comparison(record: Record) -> list[Row]:
+    """Before and after: metric, sizes, times, memory, integer work, parity. A row without value says why."""
+    return [
+        *_task(record),
+        *_size(record),
+        *_latency(record),
+        *_memory(record),
+        *_integer(record),
+        *_parity(record),
+    ]
+
+
+def _task(record: Record) -> list[Row]:
+    task = section(record, "task")
+    if task.get("drop") is None:
+        return [Row("accuracy", change=reason(record, "task", "drop"))]
+    binary = bool(task.get("binary"))
+    low, high = task["ci95"]
+    drop = f"{wording.change(task['drop'], binary)}{' points' if binary else ''} worse"
+    if task["drop"] < 0:
+        drop = f"{wording.change(-task['drop'], binary)}{' points' if binary else ''} better"
+    if not float(f"{task['drop'] * (100 if binary else 1):.3g}"):
+        drop = "no change"
+    direction = "" if task.get("higher_is_better", True) else " (lower is better)"
+    return [
+        Row(
+            metric_label(task["metric"]) + direction,
+            wording.score(task.get("float"), binary),
+            wording.score(task.get("simulated"), binary),
+            wording.score(task.get("runtime"), binary),
+            f"{drop}; 95 % interval {wording.change(low, binary)} to {wording.change(high, binary)}",
+        )
+    ]
+
+
+def _size(record: Record) -> list[Row]:
+    size = section(record, "size")
+    if size.get("ratio") is None:
+        return [Row("file", change=reason(record, "size", "ratio"))]
+    return [
+        Row(
+            "file",
+            wording.size(size["float_bytes"]),
+            "",
+            wording.size(size["compressed_bytes"]),
+            f"{wording.times(size['ratio'])} the size",
+        )
+    ]
+
+
+def _latency(record: Record) -> list[Row]:
+    latency = section(record, "latency")
+    if latency.get("speedup") is None:
+        return [Row("latency", change=reason(record, "latency", "speedup"))]
+    low, high = latency["ci95"]
+    verdict = {"faster": "faster", "slower": "the speed: slower"}.get(
+        latency["verdict"], "the speed: not faster"
+    )
+    return [
+        Row(
+            f"latency, {wording.threads(latency.get('threads'))}, batch {latency.get('batch')}",
+            wording.milliseconds(latency["float_ms"]),
+            "",
+            wording.milliseconds(latency["compressed_ms"]),
+            f"{wording.times(latency['speedup'])} {verdict} ({wording.times(low)} to {wording.times(high)})",
+        )
+    ]
+
+
+def _memory(record: Record) -> list[Row]:
+    memory = section(record, "memory")
+    if memory.get("run_peak_bytes") is None:
+        return []
+    before, after = memory.get("float_run_peak_bytes"), memory["run_peak_bytes"]
+    ratio = f"{wording.times(after / before)} the memory" if before else ""
+    return [Row("memory to run", wording.size(before), "", wording.size(after), ratio)]
+
+
+def _integer(record: Record) -> list[Row]:
+    integer = section(record, "integer")
+    if integer.get("mac_share") is None:
+        return [Row("MACs in integers", change=reason(record, "integer", "mac_share"))]
+    islands = len(integer.get("float_ops") or ())
+    text = f"{islands} operator{'' if islands == 1 else 's'} in float" if islands else "nothing left in float"
+    return [Row("MACs in integers", "", "", wording.percent(integer["mac_share"]), text)]
+
+
+def _parity(record: Record) -> list[Row]:
+    parity = section(record, "parity")
+    if parity.get("exact_share") is None:
+        return [Row("runtime = simulation", change=reason(record, "parity", "exact_share"))]
+    steps = parity.get("max_steps")
+    return [
+        Row(
+            "runtime = simulation",
+            "",
+            "",
+            wording.percent(parity["exact_share"]),
+            f"of {wording.count(parity.get('end_to_end', {}).get('integers'))} integers; "
+            f"furthest: {steps} step{'' if steps == 1 else 's'}",
+        )
+    ]
+
+
+def worst_layers(record: Record, number: int = 1) -> Sequence[Mapping[str, Any]]:
+    """The layers with the lowest signal-to-noise ratio, worst first."""
+    found = [row for row in record.get("layers") or () if sqnr(row) is not None]
+    return sorted(found, key=lambda row: sqnr(row) or 0.0)[:number]
+
+
+def sqnr(row: Mapping[str, Any]) -> float | None:
+    """A layer's signal-to-noise ratio in dB as it arrived: on the runtime, else simulated."""
+    value = row.get("sqnr_runtime_db")
+    value = row.get("sqnr_db") if value is None else value
+    return None if value is None else float(value)

@@ -1,0 +1,266 @@
+"""The exact simulator: graph + plan + one runtime's arithmetic → the integers that runtime computes.
+
+It interprets the float graph operator by operator. An operator that the plan runs in integers is handed to the
+target's own formula; one without a formula, and every float operator, runs in float32 on dequantized operands
+and is quantized after it. It is the oracle that a runtime's integers are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .errors import GraphError
+from .graph import Edge, Graph, Op, Operand
+from .numerics.arithmetic import Call, QSpec, QTensor, quantize
+from .plan import Plan
+from .plan.constants import constant_integers
+
+Tap = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How one runtime rounds.
+
+    Attributes:
+        kernels: operator kind → integers of its result (int32; float32 where `Call.out` is None).
+        floats: operator kind → its float kernel, `(attrs, *operands) -> result`, where torch's differs.
+        quantize: float32 → integers.
+    """
+
+    kernels: Mapping[str, Callable[[Call], Tensor]] = field(default_factory=dict)
+    floats: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    quantize: Callable[[Tensor, QSpec], Tensor] = quantize
+
+
+class Simulator:
+    """Runs a planned graph as a runtime would.
+
+    Args:
+        graph: folded float graph. It isn't changed.
+        plan: a plan whose parameters are all known; an empty one simulates plain float.
+        arithmetic: the runtime's.
+    """
+
+    def __init__(self, graph: Graph, plan: Plan, arithmetic: Arithmetic) -> None:
+        self.graph, self.plan, self.arithmetic = graph, plan, arithmetic
+        self._constants: dict[tuple[str, str], QTensor] = {}
+        self._last: dict[fx.Node, list[fx.Node]] = {}
+        seen: set[fx.Node] = set()
+        for node in reversed(graph.gm.graph.nodes):
+            for source in node.all_input_nodes:
+                if source not in seen:
+                    seen.add(source)
+                    self._last.setdefault(node, []).append(source)
+
+    def run(self, inputs: Sequence[Tensor], tap: Tap | None = None) -> tuple[Tensor, ...]:
+        """Flat outputs for flat inputs.
+
+        Args:
+            tap: called with (producer name, integers) for each tensor that is quantized; what it returns is
+                what the network goes on with (the runtime's own integers, for a layer-local comparison).
+        """
+        with torch.no_grad():
+            return _Run(self, list(inputs), tap).outputs()
+
+    def constant(self, tensor: str, tie: str) -> QTensor:
+        key = (tensor, tie)
+        if key not in self._constants:
+            self._constants[key] = constant_integers(self.graph, self.plan, tensor, tie)
+        return self._constants[key]
+
+
+class _Run:
+    def __init__(self, simulator: Simulator, inputs: list[Tensor], tap: Tap | None) -> None:
+        self.s, self.tap = simulator, tap
+        self.graph, self.plan = simulator.graph, simulator.plan
+        self.values: dict[fx.Node, Any] = {}
+        self.inputs = iter(inputs)
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        for node in self.graph.gm.graph.nodes:
+            if node.op == "placeholder":
+                self._leave(node, next(self.inputs))
+            elif node.op == "get_attr":
+                self.values[node] = self.graph.tensor(str(node.target)).detach()
+            elif node.op == "output":
+                return tuple(self._float(value) for value in self.graph.output_nodes())
+            else:
+                self._operator(node)
+            for source in self.s._last.get(node, ()):
+                self.values.pop(source, None)
+        raise GraphError("the graph has no output")
+
+    def _operator(self, node: fx.Node) -> None:
+        name = self.graph.name(node)
+        op, todo = self.graph.op(node), self.plan.node(name)
+        if todo.absorbed_by is not None:
+            self.values[node] = self.values[_producer(op.operands[0])]
+        elif todo.role == "scaled":
+            source = self.values[_producer(op.operands[0])]
+            tie = self.plan.tie_of(name)
+            assert tie is not None and isinstance(source, QTensor)
+            self.values[node] = self._wrap(source.q, tie)
+        elif todo.role == "move":
+            self.values[node] = self._move(node, op, name)
+        elif todo.kernel is not None:
+            self._kernel(node, op, name, todo.absorbs or name)
+        else:
+            self._leave(node, self._run_float(node, op))
+
+    def _leave(self, node: fx.Node, value: Any) -> None:
+        """Store a float result, quantized where the plan says so (its float readers keep the float)."""
+        name = self.graph.name(node)
+        tie = self.plan.tie_of(name)
+        if tie is None:
+            self.values[node] = value
+            return
+        q = self.s.arithmetic.quantize(value, self._spec(tie))
+        self.values[node] = _Both(value, self._tapped(name, q, tie))
+
+    def _kernel(self, node: fx.Node, op: Op, name: str, out_name: str) -> None:
+        tie = self.plan.tie_of(out_name)
+        operands: list[QTensor | Tensor | None] = []
+        for slot, operand in enumerate(op.operands):
+            operands.append(None if operand is None else self._operand(operand, name, slot))
+        kernel = self.s.arithmetic.kernels.get(op.kind)
+        spec = self._spec(tie) if tie is not None else None
+        if kernel is not None:
+            result = kernel(Call(op.kind, op.attrs, tuple(operands), spec))
+        else:
+            result = self._run_float(node, op, operands)
+            if spec is not None:
+                result = self.s.arithmetic.quantize(result, spec)
+        self.values[node] = result if tie is None else self._tapped(out_name, result, tie)
+
+    def _move(self, node: fx.Node, op: Op, name: str) -> QTensor | tuple[QTensor, ...]:
+        tie = self.plan.tie_of(name)
+        assert tie is not None
+        if op.kind == "embedding":
+            table = self._operand(_present(op.operands[1]), name, 1)
+            assert isinstance(table, QTensor)
+            return self._wrap(torch.nn.functional.embedding(self._float(_producer(op.operands[0])), table.q), tie)
+        if op.kind == "getitem":
+            parts = self.values[_producer(op.operands[0])]
+            return parts[op.attrs["index"]]  # type: ignore[no-any-return]
+        # integers below 2^24 are exact in float32, in which every torch operator exists
+        found: list[QTensor] = []
+
+        def moved(source: fx.Node) -> Any:
+            for slot, operand in enumerate(op.operands):
+                if operand is not None and operand.node is source:
+                    if Edge(self._key(operand), name, slot) in self.plan.edges:
+                        value = self._operand(operand, name, slot)
+                        assert isinstance(value, QTensor)
+                        found.append(value)
+                        return value.q.float()
+            return self._float(source)
+
+        args = fx.map_arg(node.args, moved)
+        kwargs = fx.map_arg(node.kwargs, moved)
+        if op.kind == "pad":
+            _, zero_point = self.plan.ties[tie].parameters()
+            padded = torch.constant_pad_nd(found[0].q, list(op.attrs["pad"]), int(zero_point))
+            return self._wrap(padded, tie)
+        moved_values = self._call(node, args, kwargs)
+        if isinstance(moved_values, list | tuple):
+            return tuple(self._wrap(value.to(torch.int32), tie) for value in moved_values)
+        return self._wrap(moved_values.to(torch.int32), tie)
+
+    def _run_float(self, node: fx.Node, op: Op, operands: Sequence[QTensor | Tensor | None] | None = None) -> Any:
+        name = self.graph.name(node)
+        if operands is None:
+            operands = [None if o is None else self._operand(o, name, slot) for slot, o in enumerate(op.operands)]
+        floats = [o.dequantize() if isinstance(o, QTensor) else o for o in operands]
+        custom = self.s.arithmetic.floats.get(op.kind)
+        if custom is not None:
+            return custom(op.attrs, *floats)
+        by_node = {
+            operand.node: value
+            for operand, value in zip(op.operands, floats, strict=True)
+            if operand is not None and operand.node is not None
+        }
+        read = lambda source: by_node[source] if by_node.get(source) is not None else self._float(source)  # noqa: E731
+        if node.op == "call_module" and any(o is not None and o.node is None for o in op.operands):
+            return self._module(node, op, floats, read)
+        return self._call(node, fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read))
+
+    def _module(self, node: fx.Node, op: Op, floats: list[Any], read: Callable[[fx.Node], Any]) -> Any:
+        """Call a module with its parameters replaced by their quantized values, where the plan quantizes them."""
+        module = self.graph.gm.get_submodule(str(node.target))
+        owned = {
+            operand.tensor.rpartition(".")[2]: value
+            for operand, value in zip(op.operands, floats, strict=True)
+            if operand is not None and operand.node is None and operand.tensor is not None
+        }
+        args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
+        return torch.func.functional_call(module, owned, args, kwargs, strict=False)
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_module":
+            return self.graph.gm.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    # ------------------------------------------------------------------ values
+
+    def _operand(self, operand: Operand, consumer: str, slot: int) -> QTensor | Tensor | None:
+        key = self._key(operand)
+        tie = self.plan.edges.get(Edge(key, consumer, slot))
+        if operand.tensor is not None:
+            return self.graph.tensor(operand.tensor).detach() if tie is None else self.s.constant(operand.tensor, tie)
+        assert operand.node is not None
+        value = self.values[operand.node]
+        if isinstance(value, _Both):
+            return value.integers if tie is not None else value.real
+        if isinstance(value, QTensor) and tie is None:
+            return value.dequantize()
+        return value  # type: ignore[no-any-return]
+
+    def _float(self, node: fx.Node) -> Any:
+        value = self.values[node] if node.op != "get_attr" else self.graph.tensor(str(node.target)).detach()
+        if isinstance(value, _Both):
+            return value.real
+        return value.dequantize() if isinstance(value, QTensor) else value
+
+    def _key(self, operand: Operand) -> str:
+        if operand.tensor is not None:
+            return operand.tensor
+        assert operand.node is not None
+        return self.graph.name(operand.node)
+
+    def _spec(self, tie: str) -> QSpec:
+        scale, zero_point = self.plan.ties[tie].parameters()
+        return QSpec(scale, zero_point, self.plan.ties[tie].format.low, self.plan.ties[tie].format.high)
+
+    def _wrap(self, q: Tensor, tie: str) -> QTensor:
+        spec = self._spec(tie)
+        return QTensor(q, spec.scale, spec.zero_point, spec.low, spec.high)
+
+    def _tapped(self, name: str, q: Tensor, tie: str) -> QTensor:
+        return self._wrap(q if self.tap is None else self.tap(name, q), tie)
+
+
+@dataclass(frozen=True)
+class _Both:
+    """A float producer's result: some readers take the float, some its integers."""
+
+    real: Tensor
+    integers: QTensor
+
+
+def _producer(operand: Operand | None) -> fx.Node:
+    assert operand is not None and operand.node is not None
+    return operand.node
+
+
+def _present(operand: Operand | None) -> Operand:
+    assert operand is not None
+    return operand

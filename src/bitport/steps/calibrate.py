@@ -1,0 +1,98 @@
+"""Measure activation ranges: one float pass over the calibration data, nothing kept but histograms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import DataError
+from ..graph import Graph
+from ..graph.reading import constant_names
+from ..numerics.quantize import qparams, raise_weight_scale_for_bias
+from ..numerics.ranges import Histogram, estimate
+from ..plan import Plan, TensorPlan
+from ..plan.constants import settle
+from ._base import Context
+
+MANY_BAD = 0.01  # beyond this share of non-finite values the data, not a stray sample, is at fault
+
+
+@dataclass(frozen=True)
+class Options:
+    """Knobs of `calibrate`. batches: use only the first so many (None: all)."""
+
+    batches: int | None = None
+
+
+def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[Graph, Plan]:
+    """Observe every measured tie, choose its range, settle what follows from it.
+
+    Raises DataError when activations are mostly NaN or infinite.
+    """
+    histograms = observe(graph, plan, context, options.batches)
+    changed: dict[str, TensorPlan] = {}
+    for name, tie in plan.measured().items():
+        histogram = histograms[name]
+        minimum, maximum = estimate(histogram, tie.format, tie.range)
+        scale, zero_point = qparams(
+            torch.tensor(minimum, dtype=torch.float64), torch.tensor(maximum, dtype=torch.float64), tie.format
+        )
+        changed[name] = replace(tie, scale=scale, zero_point=zero_point)
+    plan = _room_for_biases(graph, plan.with_ties(changed), context)
+    return graph, settle(plan)
+
+
+def observe(graph: Graph, plan: Plan, context: Context, batches: int | None = None) -> dict[str, Histogram]:
+    """Histogram of every measured tie over the calibration data (constants of a tie included)."""
+    histograms = {name: Histogram() for name in plan.measured()}
+    constants = constant_names(graph)
+    tie_of: dict[str, list[str]] = {}
+    for name, tie in plan.measured().items():
+        for member in tie.members:
+            if member in constants:
+                histograms[name].update(graph.tensor(member).detach())
+            else:
+                tie_of.setdefault(member, []).append(name)
+
+    def look(node: fx.Node, value: Any) -> Any:
+        for name in tie_of.get(graph.name(node), ()):
+            histograms[name].update(value)
+        return value
+
+    graph.gm.eval()
+    with context.progress.task("calibrating", batches) as task, torch.no_grad():
+        for batch in islice(context.calibration, batches):
+            graph.run(*(value.to(context.device) for value in batch.inputs), on_value=look)
+            task.advance(1)
+    for name, histogram in histograms.items():
+        bad, seen = histogram.nonfinite, histogram.count + histogram.nonfinite
+        if bad > MANY_BAD * seen:
+            raise DataError(
+                f"{bad} of {seen} values of {name!r} are NaN or infinite on the calibration data: "
+                "check its preprocessing, or the network in float"
+            )
+        if bad:
+            context.notes.append(f"{bad} of {seen} values of {name!r} were NaN or infinite and left out of its range")
+    return histograms
+
+
+def _room_for_biases(graph: Graph, plan: Plan, context: Context) -> Plan:
+    """Raise a weight's scale where its bias would not fit into 32 bits (tiny weights, large bias)."""
+    changed: dict[str, TensorPlan] = {}
+    for edge, name in plan.edges.items():
+        tie = plan.ties[name]
+        if tie.source != "bias":
+            continue
+        x_name, w_name = tie.of
+        x_scale, _ = plan.ties[x_name].parameters()
+        weight = changed.get(w_name, plan.ties[w_name])
+        w_scale, _ = weight.parameters()
+        raised = raise_weight_scale_for_bias(graph.tensor(edge.producer).detach(), x_scale, w_scale)
+        if not torch.equal(raised, w_scale):
+            changed[w_name] = replace(weight, scale=raised)
+            context.notes.append(f"the scale of {w_name!r} was raised so that its bias fits into 32 bits")
+    return plan.with_ties(changed)

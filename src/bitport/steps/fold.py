@@ -1,0 +1,22 @@
+"""Bring the float network to the form that is quantized: BatchNorm folded, constants computed, attention split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..graph import Graph
+from ..graph.simplify import simplify
+from ..plan import Plan
+from ._base import Context
+
+
+@dataclass(frozen=True)
+class Options:
+    """`fold` has no knobs."""
+
+
+def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[Graph, Plan]:
+    """Rewrite `graph`; its outputs in eval mode stay what they were (to float rounding)."""
+    graph.gm.eval()
+    simplify(graph)
+    return graph, plan

@@ -1,0 +1,54 @@
+"""Write the Plan: which edges become integers of which format, by the target's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import RecipeError
+from ..graph import Graph
+from ..numerics.quantize import qparams
+from ..numerics.ranges import weight_ranges
+from ..plan import Plan, TensorOptions, decide
+from ._base import Context
+
+
+@dataclass(frozen=True)
+class Options:
+    """Knobs of `quantize`.
+
+    weights: format, granularity ("tensor" or "channel"), range.
+    activations: format, range, symmetric.
+    """
+
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    activations: Mapping[str, Any] = field(default_factory=dict)
+
+
+WEIGHTS = TensorOptions(format="int8", granularity="channel", range="minmax", symmetric=True)
+ACTIVATIONS = TensorOptions(format="int8", granularity="tensor", range="mse", symmetric=False)
+
+
+def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[Graph, Plan]:
+    """Decide the plan and take the ranges of weights, which need no data.
+
+    Raises RecipeError when nothing in the network can be quantized on this target.
+    """
+    plan = decide(
+        graph,
+        context.rules,
+        weights=WEIGHTS.changed(options.weights),
+        activations=ACTIVATIONS.changed(options.activations),
+        overrides=context.overrides,
+    )
+    if not plan.quantized:
+        reasons = sorted({n.reason for n in plan.nodes.values() if n.reason})
+        raise RecipeError(f"nothing to do: no operator of this network can run in integers ({'; '.join(reasons)})")
+    changed = {}
+    for name, tie in plan.ties.items():
+        if tie.source == "weight":
+            minimum, maximum = weight_ranges(graph.tensor(tie.members[0]).detach(), tie.format, tie.range)
+            scale, zero_point = qparams(minimum, maximum, tie.format)
+            changed[name] = replace(tie, scale=scale, zero_point=zero_point)
+    return graph, plan.with_ties(changed)

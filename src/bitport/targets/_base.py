@@ -1,0 +1,134 @@
+"""What a runtime has to offer to be a target. `null` is the shortest example."""
+
+from __future__ import annotations
+
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..errors import RecipeError
+from ..graph import Graph
+from ..plan import Plan
+from ..rules import Ruleset
+from ..simulate import Arithmetic
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a runtime really does with a file, read from the file it optimized.
+
+    Attributes:
+        kernels: user-facing operator name → operator types that run it.
+        counts: operator type → how many there are.
+        missed: operators that the plan wanted in integers and the runtime left in float, with the reason.
+    """
+
+    kernels: Mapping[str, tuple[str, ...]]
+    counts: Mapping[str, int]
+    missed: Mapping[str, str] = field(default_factory=dict)
+
+
+class Session(ABC):
+    """A loaded model, ready to run."""
+
+    @abstractmethod
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Flat outputs of flat inputs."""
+
+    def run_tapped(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Outputs, and by producer name the integers (bitport's signed scheme, int32) the runtime computed."""
+        return self.run(inputs), {}
+
+    def prepared(self, inputs: Sequence[Tensor]) -> Any:
+        """Inputs in the runtime's own form, so that converting them isn't timed."""
+        return tuple(inputs)
+
+    def run_prepared(self, prepared: Any) -> None:
+        self.run(prepared)
+
+
+class Target(ABC):
+    """A runtime. A class is abstract or final: nothing implemented here is overridden.
+
+    `defaults` are the options of a recipe's `[target]` table with their default values; `modules` are what its
+    files import when they run (a fair memory measurement imports them first).
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    model_file: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    modules: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        options = dict(options or {})
+        for key, value in options.items():
+            if key not in self.defaults:
+                known = ", ".join(sorted(self.defaults)) or "none"
+                raise RecipeError(f"[target] {key}: {self.name} has no such option; its options are: {known}")
+            if type(value) is not type(self.defaults[key]):
+                wanted = type(self.defaults[key]).__name__
+                raise RecipeError(f"[target] {key} = {value!r}: expected a value of type {wanted}")
+        self.options: dict[str, Any] = {**self.defaults, **options}
+        self.check_options()
+
+    def check_options(self) -> None:  # noqa: B027 - not every target has something to check
+        """Raise RecipeError for option values the runtime can't take."""
+
+    @abstractmethod
+    def rules(self) -> Ruleset:
+        """Its table: operator × formats × this host → kernel."""
+
+    @abstractmethod
+    def arithmetic(self) -> Arithmetic:
+        """How it rounds, for the exact simulator."""
+
+    @abstractmethod
+    def export(self, graph: Graph, plan: Plan, folder: Path) -> None:
+        """Write the model file(s) into `folder`. An empty plan writes the plain float model.
+
+        Raises ExportError when the file can't be made.
+        """
+
+    @abstractmethod
+    def open(self, folder: Path, *, taps: bool = False, optimize: bool = True) -> Session:
+        """Load a model. `taps`: make the quantized integers readable. `optimize=False`: run it as written."""
+
+    @abstractmethod
+    def inspect(self, folder: Path, plan: Plan, *, taps: bool = False) -> Inspection:
+        """Read what the runtime made of the file."""
+
+    @property
+    def executes_integers(self) -> bool:
+        """Whether this is a real integer runtime: a simulation never passes for a deployed file."""
+        return True
+
+
+@cache
+def host() -> dict[str, Any]:
+    """The machine that measures: processor, instruction set extensions that matter for int8, cores, system."""
+    flags: set[str] = set()
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("flags", "Features"):
+                flags = set(value.split())
+            elif key.strip() == "model name":
+                model = value.strip()
+    except OSError:
+        pass  # not Linux: the extensions stay unknown and the careful choice is made
+    isa = [name for name in ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm") if name in flags]
+    return {"cpu": model, "isa": isa, "machine": platform.machine(), "os": platform.system()}
+
+
+def has_integer_dot_product() -> bool:
+    """Whether u8 × s8 products are summed in 32 bits: without it (x86 before VNNI) pairs saturate at 16 bits."""
+    info = host()
+    return info["machine"] not in ("x86_64", "AMD64") or any("vnni" in x or "amx" in x for x in info["isa"])

@@ -1,0 +1,92 @@
+"""No runtime: the simulator alone. For formats no runtime holds, and as the shortest example of a target.
+
+Every operator is computed in float32 on the integers' real values and rounded once. Its result is never called
+a deployed file: `executes_integers` is False.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import records
+from ..frontends.pytorch import load_pt2, save_pt2
+from ..graph import Graph
+from ..plan import Plan
+from ..rules import Derived, Fixed, Free, OpRule, Ruleset, Shared, Weight
+from ..simulate import Arithmetic, Simulator
+from ._base import Inspection, Session, Target
+
+MOVES = (
+    "view", "transpose", "expand", "slice", "select", "squeeze", "unsqueeze", "split", "getitem", "cat", "stack",
+    "max_pool", "pad",
+)  # fmt: skip
+PLAN_FILE = "null.plan.json"
+
+
+class Null(Target):
+    name = "null"
+    summary = "the exact simulator, no runtime: what no runtime can hold, and the shortest example of a target"
+    model_file = "null.pt2"
+
+    def rules(self) -> Ruleset:
+        free = (Free(),)
+        rows = (
+            OpRule(("conv", "linear"), (Free(), Weight(0), Derived("bias")), Free(), "simulated", "compute", clamps=True),
+            OpRule(("conv_transpose",), (Free(), Weight(None), Derived("bias")), Free(), "simulated", "compute", clamps=True),
+            OpRule(("matmul",), free, Free(), "simulated", "compute"),
+            OpRule(("add", "mul"), free, Free(), "simulated", "elementwise", clamps=True),
+            OpRule(("avg_pool", "global_avg_pool", "leaky_relu", "relu"), free, Free(), "simulated", "elementwise"),
+            OpRule(("sigmoid", "softmax"), free, Fixed(0.0, 1.0), "simulated", "elementwise"),
+            OpRule(("mul_scalar",), free, Derived("value"), "none", "move", when=_positive),
+            OpRule(("embedding",), (None, Shared()), Shared(), "simulated", "move"),
+            OpRule(MOVES, (Shared(),), Shared(), "simulated", "move"),
+        )
+        widths = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 17))
+        return Ruleset(self.name, rows, activations=widths, weights=widths)
+
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic()
+
+    def export(self, graph: Graph, plan: Plan, folder: Path) -> None:
+        save_pt2(graph, folder / self.model_file)
+        records.dump(folder / PLAN_FILE, plan.to_record())
+
+    def open(self, folder: Path, *, taps: bool = False, optimize: bool = True) -> Session:
+        plan = Plan.from_record(records.load(folder / PLAN_FILE))
+        return _Simulated(load_pt2(folder / self.model_file), plan, self.arithmetic())
+
+    def inspect(self, folder: Path, plan: Plan, *, taps: bool = False) -> Inspection:
+        kernels = {name: (node.kernel,) for name, node in plan.nodes.items() if node.kernel is not None}
+        return Inspection(kernels, Counter(kernel for (kernel,) in kernels.values()))
+
+    @property
+    def executes_integers(self) -> bool:
+        return False
+
+
+def _positive(graph: Graph, node: object, op: object) -> str | None:
+    return None if op.attrs["value"] > 0 else "a negative factor turns the integers' order"  # type: ignore[attr-defined]
+
+
+class _Simulated(Session):
+    def __init__(self, graph: Graph, plan: Plan, arithmetic: Arithmetic) -> None:
+        self.simulator = Simulator(graph, plan, arithmetic)
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return self.simulator.run(inputs)
+
+    def run_tapped(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, q: Tensor) -> Tensor:
+            found[name] = q
+            return q
+
+        return self.simulator.run(inputs, tap=keep), found
+
+
+TARGET = Null

@@ -1,0 +1,180 @@
+"""The target: export, sessions with taps, and a look into the file that ONNX Runtime optimized."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import RecipeError, TargetError
+from ...graph import Graph
+from ...plan import Plan
+from ...plan.lower import QUANTIZED
+from ...rules import Ruleset
+from ...simulate import Arithmetic
+from .._base import Inspection, Session, Target
+from .arithmetic import FLOAT_OPS, KERNELS
+from .export import U8_OFFSET, export_model
+from .table import ruleset
+
+OPSETS = range(18, 24)
+QUIET = 3  # log level: errors only
+
+
+class OnnxRuntime(Target):
+    name = "onnxruntime"
+    summary = "ONNX Runtime on CPU: int8 convolutions, linear layers and matrix products (.onnx)"
+    model_file = "model.onnx"
+    modules = ("onnxruntime",)
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "threads": 1,
+        "opset": 20,
+        "provider": "CPUExecutionProvider",
+        "io": "float",
+    }
+
+    def check_options(self) -> None:
+        if self.options["threads"] < 1:
+            raise RecipeError(f"[target] threads = {self.options['threads']}: at least 1")
+        if self.options["opset"] not in OPSETS:
+            raise RecipeError(
+                f"[target] opset = {self.options['opset']}: {OPSETS[0]} to {OPSETS[-1]} are supported"
+            )
+        if self.options["io"] != "float":
+            raise RecipeError(f"[target] io = {self.options['io']!r}: only 'float' is supported so far")
+
+    def rules(self) -> Ruleset:
+        return ruleset()
+
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic(KERNELS, FLOAT_OPS)
+
+    def export(self, graph: Graph, plan: Plan, folder: Path) -> None:
+        export_model(graph, plan, folder / self.model_file, opset=self.options["opset"])
+
+    def open(self, folder: Path, *, taps: bool = False, optimize: bool = True) -> Session:
+        return _OrtSession(self._session(folder / self.model_file, taps=taps, optimize=optimize))
+
+    def inspect(self, folder: Path, plan: Plan, *, taps: bool = False) -> Inspection:
+        import onnx
+
+        with tempfile.TemporaryDirectory() as scratch:
+            dump = Path(scratch) / "optimized.onnx"
+            self._session(folder / self.model_file, taps=taps, dump=dump)
+            nodes = onnx.load(dump, load_external_data=False).graph.node
+        kernels: dict[str, list[str]] = {}
+        for node in nodes:
+            kernels.setdefault(_user_name(node.name), []).append(node.op_type)
+        missed = {
+            name: f"ONNX Runtime did not fuse it into {todo.kernel}: it ran as {', '.join(kernels.get(name, ['nothing by that name']))}"
+            for name, todo in plan.nodes.items()
+            if todo.kernel
+            and todo.role in ("compute", "elementwise")
+            and not _ran(todo.kernel, kernels.get(name, []))
+        }
+        return Inspection(
+            {k: tuple(v) for k, v in kernels.items()}, Counter(n.op_type for n in nodes), missed
+        )
+
+    def _session(
+        self, path: Path, *, taps: bool = False, optimize: bool = True, dump: Path | None = None
+    ) -> Any:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = QUIET
+        options.intra_op_num_threads = self.options["threads"]
+        options.inter_op_num_threads = 1
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if dump is not None:
+            options.optimized_model_filepath = str(dump)
+        provider = self.options["provider"]
+        if provider not in ort.get_available_providers():
+            raise TargetError(
+                f"ONNX Runtime has no provider {provider!r} here; it has {', '.join(ort.get_available_providers())}"
+            )
+        model: str | bytes = _with_taps(path) if taps else str(path)
+        try:
+            return ort.InferenceSession(model, options, providers=[provider])
+        except Exception as error:  # noqa: BLE001 - the binding raises its own unrelated classes
+            raise TargetError(f"ONNX Runtime can't load {path.name}: {_first_line(error)}") from error
+
+
+# What a kernel may be called in the optimized file (the NHWC and com.microsoft forms compute the same integers).
+ALIASES = {
+    "QuantizeLinear": ("QuantizeLinear", "Relu"),
+    "QLinearMatMul": ("QLinearMatMul", "MatMulIntegerToFloat"),
+}
+
+
+def _ran(kernel: str, types: Sequence[str]) -> bool:
+    return not types if kernel == "" else any(name in types for name in ALIASES.get(kernel, (kernel,)))
+
+
+def _user_name(name: str) -> str:
+    """ONNX Runtime appends its own suffixes to the names of nodes that it makes."""
+    return re.sub(r"(_token_\d+|_nchwc|_nhwc|_quant)+$", "", name)
+
+
+def _with_taps(path: Path) -> bytes:
+    """The model with every activation's QuantizeLinear output as a graph output.
+
+    Integer outputs, not float ones: a float output in the middle would keep the runtime from fusing.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and node.output[0].endswith(QUANTIZED):
+            model.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
+    return model.SerializeToString()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class _OrtSession(Session):
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.inputs = [value.name for value in session.get_inputs()]
+        names = [value.name for value in session.get_outputs()]
+        self.outputs = [name for name in names if not name.endswith(QUANTIZED)]
+        self.taps = [name for name in names if name.endswith(QUANTIZED)]
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(torch.from_numpy(np.array(y)) for y in self._run(self.outputs, self.prepared(inputs)))
+
+    def run_tapped(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        results = [
+            torch.from_numpy(np.array(y)) for y in self._run(self.outputs + self.taps, self.prepared(inputs))
+        ]
+        count = len(self.outputs)
+        taps = {
+            name.removesuffix(QUANTIZED): value.to(torch.int32) - U8_OFFSET
+            for name, value in zip(self.taps, results[count:], strict=True)
+        }
+        return tuple(results[:count]), taps
+
+    def prepared(self, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+        return {
+            name: value.detach().contiguous().numpy() for name, value in zip(self.inputs, inputs, strict=True)
+        }
+
+    def run_prepared(self, prepared: Any) -> None:
+        self.session.run(self.outputs, prepared)
+
+    def _run(self, names: list[str], feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        try:
+            results: list[np.ndarray[Any, Any]] = self.session.run(names, feeds)
+        except Exception as error:  # noqa: BLE001 - the binding raises its own unrelated classes
+            raise TargetError(f"ONNX Runtime failed while running: {_first_line(error)}") from error
+        return results

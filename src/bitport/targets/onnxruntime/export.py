@@ -1,0 +1,182 @@
+"""Graph + Plan → ONNX with QuantizeLinear / DequantizeLinear, named as the user named the network.
+
+PyTorch's own exporter does the operators; `bitport::quantize` and `bitport::dequantize` get translations here.
+Afterwards every trace of the machine (stack traces, source paths) is removed and names are restored.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...errors import ExportError
+from ...graph import Graph
+from ...plan import Plan, lower
+from ...plan.capture import capture
+from ...plan.lower import QUANTIZED
+from ...plan.ops import DEQUANTIZE, QUANTIZE
+from .table import FUSED_UNASKED
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+U8_OFFSET = 128  # bitport's int8 is signed; ONNX Runtime's fast kernels want u8 = s8 + 128
+SCOPES = "pkg.torch.onnx.name_scopes"
+EXTERNAL_ABOVE = 1 << 30  # protobuf ends at 2 GiB; leave room
+
+
+def export_model(graph: Graph, plan: Plan, path: Path, *, opset: int) -> None:
+    """Write `graph` under `plan` to `path`.
+
+    Raises ExportError when PyTorch's exporter refuses, naming its reason.
+    """
+    lowered = lower(
+        graph, plan, dtype=torch.uint8, offset=U8_OFFSET, flatten_linear=True, barriers=FUSED_UNASKED
+    )
+    program = capture(lowered, graph)
+    model = _to_onnx(program, opset)
+    _restore_names(model, graph, lowered.names)
+    _strip(model)
+    _save(model, path)
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    import onnx_ir
+
+    size = sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
+    external = f"{path.name}.data" if size > EXTERNAL_ABOVE else None
+    onnx_ir.save(model, path, external_data=external)
+
+
+def _to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
+    try:
+        with _silence():
+            result = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                custom_translation_table=_translations(),
+                optimize=True,
+                verbose=False,
+            )
+    except Exception as error:  # noqa: BLE001 - the exporter raises anything; the cause is chained
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportError(f"PyTorch's ONNX exporter refused the network: {first}") from error
+    assert result is not None
+    model: ir.Model = result.model
+    return model
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    from onnxscript import opset20 as op
+
+    def quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, axis: int) -> Any:
+        return op.QuantizeLinear(x, scale, zero_point, axis=max(axis, 0))
+
+    def dequantize(q: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+        return op.DequantizeLinear(q, scale, zero_point, axis=max(axis, 0))
+
+    def global_average_pool(x: Any, output_size: Any) -> Any:
+        return op.GlobalAveragePool(x)
+
+    aten = torch.ops.aten
+    pools = (
+        aten.adaptive_avg_pool1d.default,
+        aten.adaptive_avg_pool2d.default,
+        aten.adaptive_avg_pool3d.default,
+    )
+    return {QUANTIZE: quantize, DEQUANTIZE: dequantize, **dict.fromkeys(pools, global_average_pool)}
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter logs about optional packages and warns about its own deprecations; neither is the user's."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _restore_names(model: ir.Model, graph: Graph, buffers: Mapping[str, str]) -> None:
+    taken: dict[str, int] = {}
+
+    def unique(name: str) -> str:
+        taken[name] = taken.get(name, 0) + 1
+        return name if taken[name] == 1 else f"{name}#{taken[name]}"
+
+    inputs = {value: spec for value, spec in zip(model.graph.inputs, graph.inputs, strict=True)}
+    outputs = dict(zip(model.graph.outputs, graph.outputs, strict=True))
+    for value, spec in (*inputs.items(), *outputs.items()):
+        taken[spec.name] = 1
+    values: dict[str, int] = {}
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+        name = next((scope for scope in scopes if scope), node.op_type)
+        node.name = unique(name)
+        for index, output in enumerate(node.outputs):
+            if output in outputs:
+                continue
+            if node.op_type == "QuantizeLinear" and name.endswith(QUANTIZED):
+                output.name = name
+            else:
+                output.name = f"{node.name}/out{index or ''}"
+    for index, (name, value) in enumerate(list(model.graph.initializers.items())):
+        del model.graph.initializers[name]
+        value.name = buffers.get(name.rpartition(".")[2], name) if buffers else name
+        value.name = f"{value.name}" if value.name not in values else f"{value.name}#{index}"
+        values[value.name] = index
+        model.graph.initializers[value.name] = value
+    for value, spec in inputs.items():
+        value.name = spec.name
+        _name_axes(value, spec.shape)
+    for value, spec in outputs.items():
+        value.name = spec.name
+        _name_axes(value, spec.shape)
+
+
+def _name_axes(value: ir.Value, shape: tuple[int | str, ...]) -> None:
+    import onnx_ir
+
+    value.shape = onnx_ir.Shape(shape)
+
+
+def _strip(model: ir.Model) -> None:
+    """No stack trace, source path or tool note of this machine may travel in the file."""
+    model.metadata_props.clear()
+    model.doc_string = None
+    model.graph.doc_string = None
+    model.graph.name = "bitport"
+    model.graph.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for output in node.outputs:
+            output.metadata_props.clear()
+            output.doc_string = None
+            if output.name not in {v.name for v in model.graph.outputs}:
+                output.shape, output.type = None, output.type
+    for function in model.functions.values():
+        function.doc_string = None
+        function.metadata_props.clear()
+        for node in function:
+            node.metadata_props.clear()
+            node.doc_string = None

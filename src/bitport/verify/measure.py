@@ -1,0 +1,278 @@
+"""One measurement record of one artifact: task, parity, integers, latency, size, memory.
+
+Three ways, always: the original network on the same runtime (`float`), the exact simulator (`simulated`), the
+compressed file on the runtime (`runtime`). A value that can't be had is null with its reason beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import records
+from ..data import Source
+from ..errors import TargetError
+from ..graph import Graph
+from ..metrics import Metric
+from ..plan import Plan
+from ..progress import Progress
+from ..simulate import Simulator
+from ..targets._base import Session, Target, host
+from . import cost
+from .integer import integer_record, layer_bytes
+from .parity import LayerError, Parity
+from .task import TaskAccumulator
+from .verdict import judge
+
+PARITY_SAMPLES = 512  # enough for a share of integers to four digits; the simulator is slower than the runtime
+MIN_EXACT_SHARE = 0.99
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        folder: the artifact: model file(s), and the original network in `reference/`.
+        reference: the float network folded, original weights.
+        graph, plan: the compressed network.
+        target: its runtime.
+    """
+
+    folder: Path
+    reference: Graph
+    graph: Graph
+    plan: Plan
+    target: Target
+
+
+def measure(
+    subject: Subject, evaluation: Source, metric: Metric, max_drop: float | None, progress: Progress
+) -> dict[str, Any]:
+    """Everything that can be measured on this machine. Raises TargetError when the runtime fails."""
+    started = time.perf_counter()
+    folder, graph, plan, target = subject.folder, subject.graph, subject.plan, subject.target
+    macs = cost.macs(subject.reference)
+    inspection = target.inspect(folder, plan)
+    record: dict[str, Any] = {
+        "schema": 1,
+        "target": target.name,
+        "model": {
+            "parameters": sum(p.numel() for p in subject.reference.gm.parameters()),
+            "macs": sum(macs.values()),
+            "digest": subject.reference.digest(),
+        },
+        "host": {**host(), "threads": target.options.get("threads", 1)},
+        "macs": sum(macs.values()),
+        "sparsity": cost.sparsity(graph),
+        "integer": integer_record(graph, plan, inspection, macs),
+        "versions": records.versions(),
+        "notes": [],
+    }
+    parity = _run_task(subject, evaluation, metric, max_drop, progress, record)
+    record["layers"] = _layers(subject, parity.layers if parity else {}, macs)
+    if target.executes_integers:
+        record["size"] = cost.sizes(folder / REFERENCE, folder)
+        record["latency"] = _latency(subject, evaluation, progress)
+        record["memory"] = _run_memory(subject)
+    else:
+        why = f"{target.name} is a simulation: nothing was deployed"
+        for section in ("size", "latency", "memory"):
+            record[section] = None
+            record[f"{section}_reason"] = why
+    record["seconds"] = {"verify": time.perf_counter() - started}
+    record["verdict"] = judge(record, _gates(record))
+    return record
+
+
+def _gates(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    parity = record.get("parity")
+    if not parity:
+        return []
+    share = parity["local"]["exact_share"]
+    verdict = "holds" if share >= MIN_EXACT_SHARE else "fails"
+    return [{"name": "runtime equals simulation", "value": share, "limit": MIN_EXACT_SHARE, "verdict": verdict}]
+
+
+# ------------------------------------------------------------------------------------------------ task, parity
+
+
+def _run_task(
+    subject: Subject,
+    evaluation: Source,
+    metric: Metric,
+    max_drop: float | None,
+    progress: Progress,
+    record: dict[str, Any],
+) -> Parity | None:
+    target, plan = subject.target, subject.plan
+    original, deployed = target.open(subject.folder / REFERENCE), target.open(subject.folder)
+    simulator = Simulator(subject.graph, plan, target.arithmetic())
+    parity: Parity | None = None
+    if plan.quantized:
+        _check_taps(subject)
+        tapped = target.open(subject.folder, taps=True)
+        parity = Parity(subject.reference, plan, simulator, tapped)
+    task = TaskAccumulator(metric, max_drop)
+    agreed = compared = 0
+    with progress.task("verifying on " + target.name) as bar:
+        for batch in evaluation:
+            inputs = batch.inputs
+            real, found = original.run(inputs), deployed.run(inputs)
+            if parity is not None and parity.samples < PARITY_SAMPLES:
+                simulated = parity.update(inputs)
+            else:
+                simulated = simulator.run(inputs)
+            task.update(_named(subject, real), _named(subject, simulated), _named(subject, found), batch.labels)
+            if found[0].dim() >= 2 and found[0].is_floating_point():
+                agreed += int((found[0].argmax(-1) == simulated[0].argmax(-1)).sum())
+                compared += found[0].argmax(-1).numel()
+            bar.advance(1)
+    record["task"] = task.record()
+    if parity is None:
+        record["parity"], record["parity_reason"] = None, "nothing is quantized"
+    else:
+        record["parity"] = parity.record()
+        records.absent(record["parity"], "top1_agreement", "the network has no class scores")
+        if compared:
+            record["parity"]["top1_agreement"] = agreed / compared
+            record["parity"].pop("top1_agreement_reason")
+        record["optimizer"] = _optimizer(subject, deployed, evaluation)
+    return parity
+
+
+def _named(subject: Subject, outputs: Sequence[Tensor]) -> Tensor | dict[str, Tensor]:
+    if len(outputs) == 1:
+        return outputs[0]
+    return {spec.name: value for spec, value in zip(subject.reference.outputs, outputs, strict=True)}
+
+
+def _check_taps(subject: Subject) -> None:
+    """Watching must not change what is watched: the same kernels run with and without taps."""
+    plain = subject.target.inspect(subject.folder, subject.plan)
+    tapped = subject.target.inspect(subject.folder, subject.plan, taps=True)
+    if set(plain.missed) != set(tapped.missed):
+        changed = sorted(set(plain.missed) ^ set(tapped.missed))
+        raise TargetError(
+            f"{subject.target.name} runs other kernels when its integers are watched ({', '.join(changed[:5])}): "
+            "the comparison would not be of the deployed file"
+        )
+
+
+def _optimizer(subject: Subject, deployed: Session, evaluation: Source) -> dict[str, Any]:
+    """The runtime's optimizer against the same file run as written: exposes the runtime's own bugs."""
+    inputs = next(iter(evaluation)).inputs
+    as_written = subject.target.open(subject.folder, optimize=False).run(inputs)
+    optimized = deployed.run(inputs)
+    worst = 0.0
+    span = 0.0
+    for a, b in zip(as_written, optimized, strict=True):
+        if a.is_floating_point() and a.numel():
+            worst = max(worst, float((a - b).abs().max()))
+            span = max(span, float(a.abs().max()))
+    return {"max_abs_difference": worst, "largest_output": span, "checked": len(inputs[0])}
+
+
+def _layers(subject: Subject, errors: Mapping[str, LayerError], macs: Mapping[str, int]) -> list[dict[str, Any]]:
+    rows = []
+    for node in subject.graph.nodes():
+        name = subject.graph.name(node)
+        todo = subject.plan.node(name)
+        kind = subject.graph.op(node).kind
+        heavy = name in macs
+        if not heavy and (todo.role not in ("compute", "elementwise")):
+            continue
+        error = errors.get(todo.absorbs or name)
+        before, after = layer_bytes(subject.graph, subject.plan, name)
+        row: dict[str, Any] = {
+            "name": name,
+            "op": kind,
+            "macs": macs.get(name, 0),
+            "kernel": todo.kernel,
+            "float_bytes": before,
+            "compressed_bytes": after,
+        }
+        if error is None:
+            for key in ("sqnr_db", "sqnr_runtime_db", "steps_max", "exact_share"):
+                records.absent(row, key, todo.reason or "its result is not quantized")
+        else:
+            row["sqnr_db"], row["sqnr_runtime_db"] = _finite(error.simulated.sqnr_db), _finite(error.runtime.sqnr_db)
+            row["steps_max"], row["exact_share"] = error.local.worst, error.local.exact_share
+        rows.append(row)
+    return rows
+
+
+def _finite(value: float) -> float | None:
+    """Decibels; None for a tensor without any error or any signal."""
+    return value if math.isfinite(value) else None
+
+
+# ------------------------------------------------------------------------------------------------ latency, memory
+
+
+def one_sample(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The first sample of a batch, as a batch of one where the batch axis is dynamic."""
+    return tuple(
+        value[:1].contiguous() if spec.shape and isinstance(spec.shape[0], str) else value
+        for spec, value in zip(graph.inputs, inputs, strict=True)
+    )
+
+
+def _latency(subject: Subject, evaluation: Source, progress: Progress) -> dict[str, Any]:
+    inputs = one_sample(subject.graph, next(iter(evaluation)).inputs)
+    sessions = [subject.target.open(folder) for folder in (subject.folder / REFERENCE, subject.folder)]
+    feeds = [session.prepared(inputs) for session in sessions]
+    return cost.latency(
+        lambda: sessions[0].run_prepared(feeds[0]),
+        lambda: sessions[1].run_prepared(feeds[1]),
+        threads=subject.target.options.get("threads", 1),
+        batch=len(inputs[0]) if inputs[0].dim() else 1,
+        progress=progress,
+    )
+
+
+_SETUP = """
+import importlib, json
+from pathlib import Path
+import torch
+from bitport import registry
+name, options, folder, shapes, modules = arguments
+target = registry.get("targets", name).TARGET(json.loads(options))
+for module in json.loads(modules):
+    importlib.import_module(module)
+inputs = [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in json.loads(shapes)]
+"""
+_RUN = """
+session = target.open(Path(folder))
+for _ in range(3):
+    session.run(inputs)
+"""
+
+
+def _run_memory(subject: Subject) -> dict[str, Any]:
+    """Peak memory of loading and running each file in a process of its own, above the level after imports."""
+    shapes = [
+        [[1 if isinstance(axis, str) and not i else subject.graph.sizes.get(str(axis), 2) if isinstance(axis, str) else axis
+          for i, axis in enumerate(spec.shape)], str(spec.dtype).removeprefix("torch.")]
+        for spec in subject.graph.inputs
+    ]  # fmt: skip
+    found: dict[str, Any] = {}
+    for key, folder in (("float_run_peak_bytes", subject.folder / REFERENCE), ("run_peak_bytes", subject.folder)):
+        arguments = (
+            subject.target.name, json.dumps(subject.target.options), str(folder), json.dumps(shapes),
+            json.dumps(subject.target.modules),
+        )  # fmt: skip
+        try:
+            found[key] = cost.run_memory(_SETUP, _RUN, arguments)
+        except TargetError as error:
+            records.absent(found, key, str(error))
+    return found

@@ -1,0 +1,144 @@
+"""Does the runtime compute what the simulator says? Counted in integer steps, over every quantized tensor.
+
+*Layer-local*: each operator is simulated from the runtime's own integers, so what differs is this operator's
+doing. *End to end*: the simulator runs alone. The float network runs beside them, so that a loss is attributed:
+float → simulated is what quantization cost, simulated → runtime what the conversion cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import TargetError
+from ..graph import Graph
+from ..numerics.error import ErrorStats
+from ..plan import Plan
+from ..simulate import Simulator
+from ..targets._base import Session
+
+
+@dataclass
+class Steps:
+    """Counts over integers. `worst` is the largest difference in steps."""
+
+    integers: int = 0
+    equal: int = 0
+    worst: int = 0
+
+    def update(self, expected: Tensor, found: Tensor) -> None:
+        difference = (expected - found).abs()
+        self.integers += difference.numel()
+        self.equal += int((difference == 0).sum())
+        if difference.numel():
+            self.worst = max(self.worst, int(difference.max()))
+
+    @property
+    def exact_share(self) -> float:
+        return self.equal / self.integers if self.integers else 1.0
+
+    def record(self) -> dict[str, Any]:
+        return {"exact_share": self.exact_share, "max_steps": self.worst, "integers": self.integers}
+
+
+@dataclass
+class LayerError:
+    """One quantized tensor: steps layer-local and end to end, error against the float network."""
+
+    local: Steps = field(default_factory=Steps)
+    end_to_end: Steps = field(default_factory=Steps)
+    simulated: ErrorStats = field(default_factory=ErrorStats)
+    runtime: ErrorStats = field(default_factory=ErrorStats)
+
+
+class Parity:
+    """Accumulates over batches.
+
+    Args:
+        reference: the float network, folded, with its original weights.
+        graph, plan: the compressed network.
+        simulator: of `graph` and `plan` with the runtime's arithmetic.
+        session: the runtime's, opened with taps.
+    """
+
+    def __init__(self, reference: Graph, plan: Plan, simulator: Simulator, session: Session) -> None:
+        self.reference, self.plan, self.simulator, self.session = reference, plan, simulator, session
+        self.layers: dict[str, LayerError] = {}
+        self.outputs = ErrorStats()
+        self.float_max_error = 0.0
+        self.samples = 0
+
+    def update(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Compare one batch. Returns the simulator's own (end to end) outputs.
+
+        Raises TargetError when the runtime doesn't show a tensor that the plan quantizes.
+        """
+        outputs, taps = self.session.run_tapped(inputs)
+        reals: dict[str, Tensor] = {}
+        wanted = set(taps)
+
+        def keep(node: fx.Node, value: Any) -> None:
+            name = self.reference.name(node)
+            if name in wanted:
+                reals[name] = value
+
+        with torch.no_grad():
+            self.reference.run(*inputs, on_value=keep)
+
+        def local(name: str, q: Tensor) -> Tensor:
+            if name not in taps:
+                raise TargetError(f"the runtime's file has no quantized tensor for {name!r}, which the plan quantizes")
+            # a runtime may hold the rows of a tensor flattened: the same integers in the same order
+            taps[name] = taps[name].reshape(q.shape)
+            self._layer(name).local.update(q, taps[name])
+            return taps[name]
+
+        def alone(name: str, q: Tensor) -> Tensor:
+            layer = self._layer(name)
+            layer.end_to_end.update(q, taps[name])
+            if name in reals:
+                layer.simulated.update(reals[name], self._real(name, q))
+                layer.runtime.update(reals[name], self._real(name, taps[name]))
+            return q
+
+        self.simulator.run(inputs, tap=local)
+        simulated = self.simulator.run(inputs, tap=alone)
+        for ours, theirs in zip(simulated, outputs, strict=True):
+            if ours.is_floating_point() and ours.numel():
+                self.float_max_error = max(self.float_max_error, float((ours - theirs).abs().max()))
+        self.samples += len(inputs[0]) if inputs and inputs[0].dim() else 1
+        return simulated
+
+    def _layer(self, name: str) -> LayerError:
+        return self.layers.setdefault(name, LayerError())
+
+    def _real(self, name: str, q: Tensor) -> Tensor:
+        tie = self.plan.tie_of(name)
+        assert tie is not None
+        scale, zero_point = self.plan.ties[tie].parameters()
+        return (q - zero_point).float() * scale
+
+    def record(self) -> dict[str, Any]:
+        """The `parity` section of a measurement. `edges`: quantized edges that activations cross."""
+        local, whole = Steps(), Steps()
+        for layer in self.layers.values():
+            for total, part in ((local, layer.local), (whole, layer.end_to_end)):
+                total.integers += part.integers
+                total.equal += part.equal
+                total.worst = max(total.worst, part.worst)
+        edges = sum(1 for tie in self.plan.edges.values() if self.plan.ties[tie].source not in ("weight", "bias"))
+        return {
+            "exact_share": min(local.exact_share, whole.exact_share),
+            "max_steps": local.worst,
+            "edges": edges,
+            "tensors": len(self.layers),
+            "samples": self.samples,
+            "integers": local.integers,
+            "local": local.record(),
+            "end_to_end": whole.record(),
+            "float_max_error": self.float_max_error,
+        }

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitport.errors import FormatError
+from bitport.formats import Format
+
+INT32 = st.integers(-(2**31), 2**31 - 1)
+AXES = st.one_of(st.none(), st.integers(-4, 4))
+
+
+@st.composite
+def integer_formats(draw: st.DrawFn) -> Format:
+    low, high = sorted(draw(st.lists(INT32 | st.integers(-300, 300), min_size=2, max_size=2, unique=True)))
+    fmt = Format("int", low, high)
+    if draw(st.booleans()):
+        fmt = fmt.with_(bits=draw(st.integers(fmt.bits, 32)))
+    if draw(st.booleans()) and low < fmt.zero_point < high:
+        fmt = fmt.with_(symmetric=True)
+    if draw(st.booleans()):
+        fmt = fmt.with_(granularity="channel", axis=draw(AXES))
+    return fmt
+
+
+@given(integer_formats())
+def test_text_round_trip(fmt: Format) -> None:
+    again = Format.parse(str(fmt))
+    assert again == fmt
+    assert hash(again) == hash(fmt)
+
+
+@given(integer_formats())
+def test_bits_are_the_smallest_that_hold_the_range(fmt: Format) -> None:
+    smallest = Format("int", fmt.low, fmt.high).bits
+
+    def holds(bits: int) -> bool:
+        if fmt.low >= 0:
+            return fmt.high < 2**bits
+        return -(2 ** (bits - 1)) <= fmt.low and fmt.high < 2 ** (bits - 1)
+
+    assert holds(smallest)
+    assert not holds(smallest - 1) or smallest == 1
+    assert fmt.bits >= smallest
+    assert fmt.levels == len(range(fmt.low, fmt.high + 1))
+
+
+@given(st.text(max_size=30) | st.from_regex(r"u?int[0-9n\[\],() a-z-]{0,24}", fullmatch=True))
+def test_any_text_gives_a_format_or_a_format_error(text: str) -> None:
+    try:
+        fmt = Format.parse(text)
+    except FormatError:
+        return
+    assert Format.parse(str(fmt)) == fmt
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high", "bits"),
+    [
+        ("int8", -128, 127, 8),
+        ("int8n", -127, 127, 8),
+        ("uint8", 0, 255, 8),
+        ("int1", -1, 0, 1),
+        ("uint1", 0, 1, 1),
+        ("int4", -8, 7, 4),
+        ("int5", -16, 15, 5),
+        ("int16", -32768, 32767, 16),
+        ("uint16", 0, 65535, 16),
+        ("int32", -(2**31), 2**31 - 1, 32),
+        ("int[-16,15]", -16, 15, 5),
+        ("int[ -3 , 4 ]", -3, 4, 4),
+        ("int[0,255]", 0, 255, 8),
+        ("int[1,255]", 1, 255, 8),
+        ("int[-16,15] bits(8)", -16, 15, 8),
+    ],
+)
+def test_names(text: str, low: int, high: int, bits: int) -> None:
+    fmt = Format.parse(text)
+    assert (fmt.kind, fmt.low, fmt.high, fmt.bits) == ("int", low, high, bits)
+    assert fmt.is_int
+    assert not fmt.is_float
+
+
+@pytest.mark.parametrize(
+    ("text", "exponent", "mantissa", "bits"),
+    [("float32", 8, 23, 32), ("float16", 5, 10, 16), ("bfloat16", 8, 7, 16)],
+)
+def test_floats(text: str, exponent: int, mantissa: int, bits: int) -> None:
+    fmt = Format.parse(text)
+    assert (fmt.exponent, fmt.mantissa, fmt.bits) == (exponent, mantissa, bits)
+    assert fmt.is_float
+    assert str(fmt) == text
+    with pytest.raises(FormatError, match="no integer levels"):
+        _ = fmt.levels
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("int8 symmetric channel(0)", "int8 symmetric channel(0)"),
+        ("  int8   channel( 0 )  symmetric ", "int8 symmetric channel(0)"),
+        ("int[-16,15] symmetric", "int[-16,15] symmetric"),
+        ("int[-127,127]", "int8n"),
+        ("int[0,255]", "uint8"),
+        ("int8 channel", "int8 channel"),
+        ("int8 bits(8)", "int8"),
+        ("int8 bits(16)", "int8 bits(16)"),
+    ],
+)
+def test_text_is_canonical(text: str, canonical: str) -> None:
+    assert str(Format.parse(text)) == canonical
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "malformed"),
+        ("int", "no format name"),
+        ("int0", "no format name"),
+        ("int33", "no format name"),
+        ("uint17", "no format name"),
+        ("int08", "no format name"),
+        ("int1n", "no format name"),
+        ("INT8", "no format name"),
+        ("int[5,4]", "empty"),
+        ("int[5,5]", "single code"),
+        ("int[0,4294967295]", "exceeds 32 bits"),
+        ("int[-99999999999,0]", "no format name"),
+        ("int8 wide", "no option"),
+        ("int8 symmetric(1)", "no option"),
+        ("int8 bits(0)", "no option"),
+        ("int8 bits(4)", "does not fit"),
+        ("int8 bits(33)", "does not fit"),
+        ("int8 symmetric symmetric", "twice"),
+        ("int8 channel channel(1)", "twice"),
+        ("int1 symmetric", "one side"),
+        ("uint1 symmetric", "one side"),
+        ("int[-8,0] symmetric", "one side"),
+        ("int[3,9] symmetric", "one side"),
+        ("float32 symmetric", "no options"),
+        ("float8", "no format name"),
+        ("int8(", "malformed"),
+        ("int8; uint8", "malformed"),
+    ],
+)
+def test_malformed_text_is_refused(text: str, why: str) -> None:
+    with pytest.raises(FormatError, match=why):
+        Format.parse(text)
+
+
+def test_not_a_string() -> None:
+    with pytest.raises(FormatError, match="not a string"):
+        Format.parse(8)  # type: ignore[arg-type]
+
+
+def test_keywords_replace_what_the_text_says() -> None:
+    fmt = Format.parse("int8 symmetric channel(1)", symmetric=False, granularity="tensor")
+    assert fmt == Format.parse("int8")
+    assert Format.parse("int8", granularity="channel", axis=0) == Format.parse("int8 channel(0)")
+    with pytest.raises(FormatError, match="channel granularity"):
+        Format.parse("int8", axis=0)
+    with pytest.raises(FormatError, match="granularity 'row'"):
+        Format.parse("int8", granularity="row")
+
+
+def test_keywords_do_not_concern_floats() -> None:
+    assert Format.parse("float32", symmetric=True, granularity="channel", axis=0) == Format.parse("float32")
+
+
+def test_with_replaces_fields() -> None:
+    fmt = Format.parse("int8 symmetric channel(0)")
+    assert fmt.with_(low=-127) == Format.parse("int8n symmetric channel(0)")
+    assert fmt.with_(low=-8, high=7).bits == 4
+    assert fmt.with_(granularity="tensor") == Format.parse("int8 symmetric")
+    assert fmt.with_(axis=1).axis == 1
+    assert fmt.with_() == fmt
+    with pytest.raises(FormatError, match="one side"):
+        fmt.with_(high=0)
+
+
+@pytest.mark.parametrize(("text", "zero_point"), [("int8", 0), ("int8n", 0), ("uint8", 128), ("uint4", 8)])
+def test_zero_point_of_symmetric_formats(text: str, zero_point: int) -> None:
+    assert Format.parse(text, symmetric=True).zero_point == zero_point
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"kind": "codebook"}, "kind 'codebook'"),
+        ({"kind": "int", "low": 0.5, "high": 3}, "low is 0.5"),
+        ({"kind": "int", "low": -1, "high": 3, "mantissa": 2}, "mantissa"),
+        ({"kind": "float", "exponent": 4, "mantissa": 3}, "not supported"),
+        ({"kind": "float", "exponent": 8, "mantissa": 23, "bits": 16}, "takes 32 bits"),
+        ({"kind": "float", "exponent": 8, "mantissa": 23, "symmetric": True}, "no integer range"),
+    ],
+)
+def test_contradictory_fields_are_refused(fields: dict[str, object], why: str) -> None:
+    with pytest.raises(FormatError, match=why):
+        Format(**fields)  # type: ignore[arg-type]
+
+
+def test_frozen() -> None:
+    with pytest.raises(AttributeError):
+        Format.parse("int8").low = 0  # type: ignore[misc]
