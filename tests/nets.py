@@ -1,6 +1,8 @@
-"""Small networks that stress what real ones stress. Each builder returns (model in eval mode, example inputs).
+"""Small networks that stress what real ones stress. Each builder returns (model in eval mode, example
+inputs).
 
-Seeds are the caller's business; dropout rates are 0 unless a net is about dropout, so that train-mode outputs of a
+Seeds are the caller's business; dropout rates are 0 unless a net is about dropout, so that train-mode
+outputs of a
 graph and of the eager model can be compared.
 """
 
@@ -37,7 +39,9 @@ class ResNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8, momentum=None), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8, momentum=None), nn.ReLU()
+        )
         self.layer1 = nn.Sequential(Residual(8), Residual(8))
         self.pool = nn.MaxPool2d(2)
         self.fc = nn.Linear(8 * 4 * 4, 10)
@@ -279,11 +283,11 @@ class Frozen(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(4, 4)
+        self.fc = nn.Linear(5, 5)
         self.bn = nn.BatchNorm1d(4, affine=False)
         self.free = nn.BatchNorm1d(4, track_running_stats=False)
         self.register_buffer("unused", torch.arange(3.0))
-        self.register_buffer("scale", torch.full((4,), 2.0), persistent=False)
+        self.register_buffer("scale", torch.full((5,), 2.0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -316,7 +320,7 @@ NETS: dict[str, Callable[[int], Example]] = {
     "mha": lambda b: (PlainMha(), torch.randn(b, 5, 8)),
     "weight_norm": lambda b: (WeightNorm(), torch.randn(b, 2, 9)),
     "slice_writes": lambda b: (SliceWrites(), torch.randn(b, 6)),
-    "frozen": lambda b: (Frozen(), torch.randn(b, 4)),
+    "frozen": lambda b: (Frozen(), torch.randn(b, 4, 5)),
 }
 
 

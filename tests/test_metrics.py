@@ -101,6 +101,12 @@ class TestAgreement:
         with pytest.raises(MetricError, match=r"no classes.*'mse'"):
             built_in("agreement").scores(outputs, outputs + 1)
 
+    def test_nan_outputs_agree_with_nothing(self) -> None:
+        outputs = LOGITS.clone()
+        outputs[1] = math.nan
+        with pytest.raises(MetricError, match=r"'agreement'.*sample 1 are NaN"):
+            built_in("agreement").scores(outputs, outputs)
+
     def test_other_output_names_are_refused(self) -> None:
         with pytest.raises(MetricError, match=r"\['a'\].*\['b'\]"):
             built_in("agreement").scores({"a": LOGITS}, {"b": LOGITS})

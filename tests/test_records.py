@@ -171,6 +171,12 @@ class TestMeasurement:
         assert given == {}
 
 
+def test_absent_on_a_plain_section() -> None:
+    section: dict[str, Any] = {"speedup": 2.0}
+    records.absent(section, "speedup", "not measured")
+    assert section == {"speedup": None, "speedup_reason": "not measured"}
+
+
 def test_checksums(tmp_path: Path) -> None:
     content = os.urandom(3_000_000)
     (tmp_path / "f").write_bytes(content)

@@ -122,9 +122,7 @@ class Measurement:
 
     def absent(self, section: str, key: str, reason: str) -> None:
         """Say that a key has no value, and why."""
-        place = self._section(section)
-        place[key] = None
-        place[f"{key}_reason"] = reason
+        absent(self._section(section), key, reason)
 
     def reason(self, path: str) -> str | None:
         """Why a key has no value; None when it has one or no reason was given."""
@@ -147,6 +145,12 @@ class Measurement:
             if not isinstance(here, dict):
                 raise ArtifactError(f"measurement {path!r} can't be a section: {key!r} already holds a value")
         return here
+
+
+def absent(section: dict[str, Any], key: str, reason: str) -> None:
+    """Say that a key of a section has no value, and why: `key` is None, `<key>_reason` the reason."""
+    section[key] = None
+    section[f"{key}_reason"] = reason
 
 
 def sha256_bytes(content: bytes) -> str:

@@ -59,8 +59,8 @@ class Workspace:
         self._published = False
 
     def __enter__(self) -> Self:
-        if not self.out.name:
-            raise ArtifactError("the root folder can't be an output folder: name a folder in it")
+        if not self.out.name or "\0" in str(self.out):
+            raise ArtifactError(f"{str(self.out)!r} can't be an output folder: name another one")
         with contextlib.ExitStack() as undo:
             try:
                 self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class Workspace:
         return self.publish_as(self.out)
 
     def publish_as(self, other: str | Path) -> Path:
-        """Publish under another name beside `out` (`<out>.rejected`), by the same rules; `out` stays as it is."""
+        """Publish under another name beside `out` (`<out>.rejected`), by the same rules; `out` stays."""
         place = Path(os.path.abspath(other))
         if self._published:
             raise ArtifactError(f"{self.out} was already published: open a new workspace")
@@ -111,6 +111,8 @@ class Workspace:
                 shutil.rmtree(_aside(place), ignore_errors=True)
             _flush_entry(place.parent)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                _repair(place)
             raise _disk_error(place, error.strerror) from error
         self._published = True
         return place

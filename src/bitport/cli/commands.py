@@ -137,7 +137,7 @@ def verify(folder: Path, data: str | None, target: str | None, as_json: bool) ->
     def work(progress: Progress) -> Outcome:
         from .. import api
 
-        record = api.verify(folder, data=data, metric=None, target=target)
+        record = api.verify(folder, data=data, metric=None, target=target, progress=progress)
         return measured(_as_mapping(record), folder)
 
     run(work, as_json)

@@ -22,9 +22,15 @@ from ..verify.verdict import judge, subject
 _FILE_WIDTH = 120
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would end the program with 1; a reader that left is no error, and `run` knows what to do
+        raise BrokenPipeError
+
+
 def _console() -> Console:
     # a file or a pipe has no width: 80 columns would cut names
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else _FILE_WIDTH, highlight=False)
+    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else _FILE_WIDTH, highlight=False)
 
 
 def _text(value: object, style: str = "") -> Text:
@@ -119,7 +125,7 @@ def inspection(found: Mapping[str, Any]) -> None:
         parts.append(f"{wording.percent(totals['mac_share'])} of the MACs in integers")
     console.print(Text(", ".join(parts), style="bold"))
     if found.get("speed"):
-        console.print(Text(wording.plain(found["speed"], 1000)))
+        console.print(Text("speed to expect: ") + Text(wording.plain(found["speed"], 1000)))
     for note in found.get("notes") or ():
         console.print(Text("note: ", style="dim") + Text(wording.plain(note, 1000)))
 
@@ -146,7 +152,7 @@ def listing(kind: str, found: Mapping[str, Any]) -> None:
         text = _text(entry.get("summary") or "")
         if entry.get("available") is False:
             text += Text(
-                f" (not available: {wording.plain(entry.get('reason') or 'not installed')})", style="yellow"
+                f" (not available: {wording.plain(entry.get('needs') or 'not installed')})", style="yellow"
             )
         table.add_row(_text(name, "bold"), text)
     console.print(table)

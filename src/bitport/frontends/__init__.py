@@ -1,3 +1,4 @@
-"""Front ends: from a framework's model to a `Graph`. Frameworks other than torch are imported inside functions."""
+"""Front ends: from a framework's model to a `Graph`. Frameworks other than torch are imported inside
+functions."""
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-import bitport
 from bitport.errors import BitportError, LoadError, WeightsError
 from bitport.frontends._pt2_scan import scanned
 from bitport.graph.export import quiet_export
@@ -28,12 +27,15 @@ from bitport.graph.raise_ops import RaisedModule
 NAMES_FILE = "bitport.json"
 
 
-def load_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = "batch", device: str = "cpu") -> Graph:
+def load_module(
+    model: nn.Module, example_inputs: Any, dynamic_shapes: Any = "batch", device: str = "cpu"
+) -> Graph:
     """Captures a module in eval mode and raises it. The module is not modified.
 
     Args:
         example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments. A batch of 1 is fine.
-        dynamic_shapes: "batch" (axis 0 of every input that shares the first one's), None (all fixed), or a structure
+        dynamic_shapes: "batch" (axis 0 of every input that shares the first one's), None (all fixed), or a
+        structure
             as `torch.export.export` takes it.
 
     Raises:
@@ -62,11 +64,12 @@ def _again(model: RaisedModule, device: str) -> Graph:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuses NaN or infinite parameters and statistics; other buffers (masks) may be infinite but not NaN."""
-    tensors = [(n, p, True) for n, p in model.named_parameters()]
+    """Refuses NaN or infinite parameters and statistics; other buffers (masks) may be infinite but not
+    NaN."""
+    tensors: list[tuple[str, Tensor, bool]] = [(n, p, True) for n, p in model.named_parameters()]
     tensors += [(n, b, n.rpartition(".")[2].startswith("running_")) for n, b in model.named_buffers()]
     for name, tensor, finite in tensors:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             raise LoadError(f"{name} is uninitialised: run the model once before loading it")
         if tensor.is_complex():
             raise LoadError(f"{name} is complex ({tensor.dtype}): only real networks can be compressed")
@@ -78,7 +81,8 @@ def check_weights(model: nn.Module) -> None:
         nans, infs = int(torch.isnan(data).sum()), int(torch.isinf(data).sum())
         if nans or finite:
             raise WeightsError(
-                f"{name} holds {nans} NaN and {infs} infinite of {tensor.numel()} values: train it again or repair it"
+                f"{name} holds {nans} NaN and {infs} infinite of {tensor.numel()} values: "
+                f"train it again or repair it"
             )
 
 
@@ -98,21 +102,23 @@ def _copy(model: nn.Module) -> nn.Module:
 def _example(example: Any, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if example is None:
         raise LoadError("example_inputs is missing: pass a tensor, a tuple, or a dict of keyword arguments")
+    args: tuple[Any, ...] = (example,)
+    kwargs: dict[str, Any] = {}
     if isinstance(example, Mapping):
         args, kwargs = (), dict(example)
     elif isinstance(example, tuple | list):
-        args, kwargs = tuple(example), {}
-    else:
-        args, kwargs = (example,), {}
+        args = tuple(example)
     for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
         where = pytree.keystr(path[1:])
         if not isinstance(leaf, Tensor):
             raise LoadError(
-                f"example input {where} is {type(leaf).__name__}, not a tensor: bind it in the model (functools.partial "
-                f"or a wrapper module) before loading"
+                f"example input {where} is {type(leaf).__name__}, not a tensor: bind it in the model "
+                f"(functools.partial or a wrapper module) before loading"
             )
         if leaf.is_complex():
-            raise LoadError(f"example input {where} is complex ({leaf.dtype}): only real tensors can be compressed")
+            raise LoadError(
+                f"example input {where} is complex ({leaf.dtype}): only real tensors can be compressed"
+            )
     move = lambda t: t.detach().to(device)  # noqa: E731
     return pytree.tree_map(move, args), pytree.tree_map(move, kwargs)
 
@@ -136,7 +142,9 @@ class _Capture:
     def run(self, dynamic: Any) -> None:
         if isinstance(dynamic, str):
             if dynamic != "batch":
-                raise LoadError(f"dynamic_shapes={dynamic!r} is unknown: use 'batch', None or a torch structure")
+                raise LoadError(
+                    f"dynamic_shapes={dynamic!r} is unknown: use 'batch', None or a torch structure"
+                )
             self._batch()
         else:
             self.given = dynamic
@@ -190,10 +198,12 @@ class _Capture:
         except BitportError:
             raise
         except Exception as error:
-            raise LoadError(f"the model can't be captured: {_first_line(error)}{_user_line(error)}") from error
+            raise LoadError(
+                f"the model can't be captured: {_first_line(error)}{_user_line(error)}"
+            ) from error
 
     def _placeholders(self, program: torch.export.ExportedProgram) -> list[str]:
-        return list(program.graph_signature.user_inputs)  # type: ignore[arg-type]
+        return [str(name) for name in program.graph_signature.user_inputs]
 
     def _values(self, program: torch.export.ExportedProgram) -> list[Any]:
         found = {n.name: n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")}
@@ -225,14 +235,18 @@ class _Capture:
         for label, value, dims in zip(labels, values, self._dims(dynamic), strict=False):
             for axis, dim in dims.items():
                 if dim is not None and not isinstance(dim, int) and isinstance(value.shape[axis], int):
-                    self.notes.append(f"axis {axis} of {label!r} is fixed at {value.shape[axis]}: the model needs it")
+                    self.notes.append(
+                        f"axis {axis} of {label!r} is fixed at {value.shape[axis]}: the model needs it"
+                    )
 
 
 def _is_axes(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(k, int) for k in value)
     known = (int, type(None), type(Dim.AUTO))
-    return isinstance(value, tuple | list) and all(isinstance(v, known) or hasattr(v, "__name__") for v in value)
+    return isinstance(value, tuple | list) and all(
+        isinstance(v, known) or hasattr(v, "__name__") for v in value
+    )
 
 
 def _as_dict(value: Any) -> dict[int, Any]:
@@ -243,22 +257,26 @@ def _as_dict(value: Any) -> dict[int, Any]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    reasons = [line for line in lines[1:] if line.startswith("- ")]  # torch lists violated constraints so
+    return " ".join([*lines[:1], *reasons]) or type(error).__name__
 
 
 def _user_line(error: BaseException) -> str:
     """The innermost line of code that is neither torch's nor ours."""
-    ours = (str(Path(torch.__file__).parent), str(Path(bitport.__file__ or __file__).parent))
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     found = ""
     for frame in traceback.extract_tb(error.__traceback__):
-        inside = frame.filename.startswith(ours) or frame.filename.startswith("<") or "importlib" in frame.filename
+        inside = (
+            frame.filename.startswith(ours) or frame.filename.startswith("<") or "importlib" in frame.filename
+        )
         if not inside and "contextlib" not in frame.filename:
             line = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
             found = f"; at {frame.filename}:{frame.lineno}: {line}"
     return found
 
 
-# --- files --------------------------------------------------------------------------------------------------------
+# --- files
+# --------------------------------------------------------------------------------------------------------
 
 
 def save_pt2(graph: Graph, path: str | Path) -> None:
@@ -292,12 +310,14 @@ def load_pt2(path: str | Path, device: str = "cpu") -> Graph:
             log.setLevel(logging.CRITICAL)  # torch logs what we raise
             program = torch.export.load(archive, extra_files=extra)
     except Exception as error:
-        raise LoadError(f"{Path(path).name} is no readable exported program ({_first_line(error)})") from error
+        raise LoadError(
+            f"{Path(path).name} is no readable exported program ({_first_line(error)})"
+        ) from error
     finally:
         log.setLevel(level)
     known = _known(extra[NAMES_FILE])
     notes = list(known.get("notes", ()))
-    axes = {}
+    axes: dict[tuple[str, int], str] = {}
     for item, label in zip(known.get("inputs", ()), program.graph_signature.user_inputs, strict=False):
         axes |= {(label, i): axis for i, axis in enumerate(item["shape"]) if isinstance(axis, str)}
     if device != "cpu":

@@ -54,7 +54,13 @@ def _conv(call: Call) -> dict[str, Any]:
         padding = same_padding(padding, kernel, dilation) if kernel else padding
     else:
         padding = spread(padding, ndim)
-    found = dict(stride=stride, padding=padding, dilation=dilation, groups=call["groups"], ndim=ndim)
+    found = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": call["groups"],
+        "ndim": ndim,
+    }
     if "output_padding" in call.args:
         found["output_padding"] = spread(call["output_padding"], ndim)
     return found | {"padding_mode": "zeros"}
@@ -65,7 +71,7 @@ def _pool(call: Call) -> dict[str, Any]:
     ndim = int(name[name.index("pool") + 4])
     kernel = spread(call["kernel_size"], ndim)
     stride = spread(call["stride"], ndim) if call["stride"] else kernel
-    found = dict(kernel=kernel, stride=stride, padding=spread(call["padding"], ndim), ndim=ndim)
+    found = {"kernel": kernel, "stride": stride, "padding": spread(call["padding"], ndim), "ndim": ndim}
     found["ceil_mode"] = call["ceil_mode"]
     for key in ("dilation", "count_include_pad", "divisor_override"):
         if key in call.args:
@@ -194,7 +200,9 @@ def _split_sizes(call: Call) -> dict[str, Any]:
 
 def _cast_kind(call: Call) -> str:
     before, after = call.value("self"), call.out
-    same = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.dtype == after.dtype
+    same = (
+        isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.dtype == after.dtype
+    )
     return "identity" if same else "cast"
 
 
@@ -212,29 +220,67 @@ def _rows() -> dict[str, Row]:
     x = ("self",)
     rows: dict[str, Row] = {}
 
-    def add(names: str, kind: str | Callable[[Call], str], slots: tuple[str, ...] = x, attrs: Attrs = _none) -> None:
+    def add(
+        names: str, kind: str | Callable[[Call], str], slots: tuple[str, ...] = x, attrs: Attrs = _none
+    ) -> None:
         for name in names.split():
             rows[name] = Row(kind, slots, attrs)
 
     add("conv1d conv2d conv3d", "conv", ("input", "weight", "bias"), _conv)
-    add("conv_transpose1d conv_transpose2d conv_transpose3d", "conv_transpose", ("input", "weight", "bias"), _conv)
-    add("convolution", lambda c: "conv_transpose" if c["transposed"] else "conv", ("input", "weight", "bias"), _conv)
+    add(
+        "conv_transpose1d conv_transpose2d conv_transpose3d",
+        "conv_transpose",
+        ("input", "weight", "bias"),
+        _conv,
+    )
+    add(
+        "convolution",
+        lambda c: "conv_transpose" if c["transposed"] else "conv",
+        ("input", "weight", "bias"),
+        _conv,
+    )
     add("linear", "linear", ("input", "weight", "bias"))
     add("matmul mm bmm", "matmul", ("self", "other"))
     add("mm bmm", "matmul", ("self", "mat2"))
     norm = ("input", "weight", "bias")
-    add("batch_norm", "batch_norm", (*norm, "running_mean", "running_var"), _take("eps", "training", "momentum"))
-    add("instance_norm", "instance_norm", (*norm, "running_mean", "running_var"), _take("eps", "use_input_stats"))
+    add(
+        "batch_norm",
+        "batch_norm",
+        (*norm, "running_mean", "running_var"),
+        _take("eps", "training", "momentum"),
+    )
+    add(
+        "instance_norm",
+        "instance_norm",
+        (*norm, "running_mean", "running_var"),
+        _take("eps", "use_input_stats"),
+    )
     add("layer_norm", "layer_norm", norm, _take("normalized_shape", "eps"))
     add("rms_norm", "rms_norm", ("input", "weight"), _take("normalized_shape", "eps"))
     add("group_norm", "group_norm", norm, _take("num_groups", "eps"))
     add("embedding", "embedding", ("indices", "weight"), _take("padding_idx"))
     add("dropout feature_dropout alpha_dropout feature_alpha_dropout", "dropout", ("input",), _take("p"))
 
-    for name in "relu relu6 sigmoid tanh hardsigmoid hardswish silu neg exp sqrt rsqrt".split():
+    for name in [
+        "relu",
+        "relu6",
+        "sigmoid",
+        "tanh",
+        "hardsigmoid",
+        "hardswish",
+        "silu",
+        "neg",
+        "exp",
+        "sqrt",
+        "rsqrt",
+    ]:
         add(name, name)
-    add("hardtanh", lambda c: "relu6" if (c["min_val"], c["max_val"]) == (0, 6) else "hardtanh", x,
-        lambda c: {"min": c["min_val"], "max": c["max_val"]})
+    add(
+        "hardtanh",
+        lambda c: "relu6" if (c["min_val"], c["max_val"]) == (0, 6) else "hardtanh",
+        x,
+        lambda c: {"min": c["min_val"], "max": c["max_val"]},
+    )
     add("clamp clip clamp_min clamp_max", "clamp", x, _take("min", "max"))
     add("gelu", "gelu", x, _take("approximate"))
     add("leaky_relu", "leaky_relu", x, _take("negative_slope"))
@@ -242,11 +288,17 @@ def _rows() -> dict[str, Row]:
     add("softmax _softmax", "softmax", x, _dim())
     add("log_softmax _log_softmax", "log_softmax", x, _dim())
     add("add", _binary("add"), ("self", "other"), _add(1))
-    add("sub subtract", lambda c: "sub" if c.is_tensor("other") else "add_scalar", ("self", "other"), _add(-1))
+    add(
+        "sub subtract", lambda c: "sub" if c.is_tensor("other") else "add_scalar", ("self", "other"), _add(-1)
+    )
     add("mul multiply", _binary("mul"), ("self", "other"), _scaled)
     add("div divide true_divide", _binary("div"), ("self", "other"), _scaled)
-    add("pow", "pow", ("self", "exponent"),
-        lambda c: {} if c.is_tensor("exponent") else {"exponent": c["exponent"], "base": None})
+    add(
+        "pow",
+        "pow",
+        ("self", "exponent"),
+        lambda c: {} if c.is_tensor("exponent") else {"exponent": c["exponent"], "base": None},
+    )
     add("mean", "mean", x, _reduce)
     add("sum", "sum", x, _reduce)
     add("max_pool1d max_pool2d max_pool3d", "max_pool", x, _pool)
@@ -272,23 +324,52 @@ def _rows() -> dict[str, Row]:
     add("replication_pad1d replication_pad2d replication_pad3d", "pad", x, _pad("replicate"))
     add("index", "index", ("self", "indices"), _index)
     add("gather", "gather", ("self", "index"), _dim())
-    add("where", "where", ("condition", "self", "other"),
-        lambda c: {k: c[k] for k in ("self", "other") if not c.is_tensor(k)})
-    add("masked_fill", "masked_fill", ("self", "mask", "value"),
-        lambda c: {} if c.is_tensor("value") else {"value": c["value"]})
-    add("scaled_dot_product_attention", "sdpa", ("query", "key", "value", "attn_mask"),
-        _take("is_causal", "scale", "dropout_p", "enable_gqa"))
-    add("lstm", "lstm", ("input", "hx", "params"), _take("num_layers", "bidirectional", "batch_first", "dropout"))
-    add("gru", "gru", ("input", "hx", "params"), _take("num_layers", "bidirectional", "batch_first", "dropout"))
+    add(
+        "where",
+        "where",
+        ("condition", "self", "other"),
+        lambda c: {k: c[k] for k in ("self", "other") if not c.is_tensor(k)},
+    )
+    add(
+        "masked_fill",
+        "masked_fill",
+        ("self", "mask", "value"),
+        lambda c: {} if c.is_tensor("value") else {"value": c["value"]},
+    )
+    add(
+        "scaled_dot_product_attention",
+        "sdpa",
+        ("query", "key", "value", "attn_mask"),
+        _take("is_causal", "scale", "dropout_p", "enable_gqa"),
+    )
+    add(
+        "lstm",
+        "lstm",
+        ("input", "hx", "params"),
+        _take("num_layers", "bidirectional", "batch_first", "dropout"),
+    )
+    add(
+        "gru",
+        "gru",
+        ("input", "hx", "params"),
+        _take("num_layers", "bidirectional", "batch_first", "dropout"),
+    )
     add("contiguous clone alias detach lift_fresh lift_fresh_copy resolve_conj resolve_neg", "identity")
     add("to _to_copy type_as", _cast_kind, x, _cast)
-    add("arange full ones zeros empty eye scalar_tensor linspace tril_indices triu_indices", "const", (), _fill)
+    add(
+        "arange full ones zeros empty eye scalar_tensor linspace tril_indices triu_indices",
+        "const",
+        (),
+        _fill,
+    )
     add("zeros_like ones_like full_like new_zeros new_ones new_full new_empty empty_like", "const", (), _fill)
     return rows
 
 
 def _fill(call: Call) -> dict[str, Any]:
-    return {k: _plain(v) for k, v in call.args.items() if k in ("fill_value", "size", "start", "end", "step", "s")}
+    return {
+        k: _plain(v) for k, v in call.args.items() if k in ("fill_value", "size", "start", "end", "step", "s")
+    }
 
 
 def _list_dim(call: Call, extra: int = 0) -> Any:

@@ -1,7 +1,9 @@
 """Blocks: a graph cut into callable sub-graphs by the user's module tree.
 
-The children of repeated containers (`layer1.0`, `encoder.layers.3`) are blocks, where at least two of them hold
-several operators with weights; what lies outside is grouped by top-level child. Everything is read off the paths
+The children of repeated containers (`layer1.0`, `encoder.layers.3`) are blocks, where at least two of them
+hold
+several operators with weights; what lies outside is grouped by top-level child. Everything is read off the
+paths
 that the nodes carry, so that blocks survive edits.
 """
 
@@ -15,7 +17,7 @@ from torch import fx
 if TYPE_CHECKING:
     from bitport.graph.graph import Graph
 
-_WEIGHTED = frozenset("conv conv_transpose linear matmul sdpa lstm gru".split())
+_WEIGHTED = frozenset(["conv", "conv_transpose", "linear", "matmul", "sdpa", "lstm", "gru"])
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def _block_paths(graph: Graph, paths: dict[fx.Node, str]) -> set[str]:
         parent, _, leaf = path.rpartition(".")
         if leaf.isdigit() and count >= 2:
             families.setdefault(parent, []).append(path)
-    return {path for family in families.values() if len(family) >= 2 for path in family} | _lone(weights, families)
+    return {path for family in families.values() if len(family) >= 2 for path in family} | _lone(
+        weights, families
+    )
 
 
 def _lone(weights: dict[str, int], families: dict[str, list[str]]) -> set[str]:

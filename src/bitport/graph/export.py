@@ -28,7 +28,8 @@ _CARRIED = ("bitport_name", "bitport_path")
 
 @contextmanager
 def quiet_export() -> Iterator[None]:
-    """What every capture needs: no fast path, the caller's random state kept, torch's own warnings kept in."""
+    """What every capture needs: no fast path, the caller's random state kept, torch's own warnings kept
+    in."""
     fast = torch.backends.mha.get_fastpath_enabled()
     state = torch.random.get_rng_state()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -49,8 +50,9 @@ def export_graph(graph: Graph) -> torch.export.ExportedProgram:
     """
     gm = copy.deepcopy(graph.gm).eval()
     carrier = nn.Module()
+    # the very same tables: torch.export swaps tensors in them, and the nodes below read through `gm`
     for kind in ("_parameters", "_buffers", "_modules"):
-        getattr(carrier, kind).update(getattr(gm, kind))
+        carrier.__dict__[kind] = getattr(gm, kind)
     carrier._non_persistent_buffers_set = set(gm._non_persistent_buffers_set)
     carrier.eval()
     args, kwargs, dynamic = _example(graph, gm)
@@ -67,8 +69,10 @@ def export_graph(graph: Graph) -> torch.export.ExportedProgram:
         result = execute(gm, flat, None, around)
         return pytree.tree_unflatten(pytree.tree_leaves(result, is_leaf=lambda v: v is None), info.out_spec)
 
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in info.orig_args])  # type: ignore[attr-defined]
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+    arguments = [inspect.Parameter(n, either) for n in info.orig_args]
+    setattr(forward, "__signature__", inspect.Signature(arguments))  # noqa: B010 (how callers may name inputs)
     carrier.forward = forward
     # the copy keeps its own names: graph.name() is asked through `names`, computed on the original's twin
     twins = dict(zip(gm.graph.nodes, graph.gm.graph.nodes, strict=True))
@@ -80,7 +84,9 @@ def export_graph(graph: Graph) -> torch.export.ExportedProgram:
     return program
 
 
-def _export(carrier: nn.Module, args: Any, kwargs: Any, dynamic: dict[str, Any]) -> torch.export.ExportedProgram:
+def _export(
+    carrier: nn.Module, args: Any, kwargs: Any, dynamic: dict[str, Any]
+) -> torch.export.ExportedProgram:
     auto = pytree.tree_map(
         lambda d: None if d is None else dict.fromkeys(d, torch.export.Dim.AUTO), dynamic, is_leaf=_is_spec
     )
@@ -89,7 +95,7 @@ def _export(carrier: nn.Module, args: Any, kwargs: Any, dynamic: dict[str, Any])
         try:
             with quiet_export(), traceback.preserve_node_meta():
                 return torch.export.export(carrier, args, kwargs, dynamic_shapes=shapes, strict=False)
-        except Exception as caught:
+        except Exception as caught:  # noqa: BLE001 (torch.export raises anything; all of it is reported)
             error = error or caught
     raise GraphError(f"torch.export refuses the graph: {error}") from error
 

@@ -1,8 +1,11 @@
 """Clean-up passes on a captured fx graph: no region operators, no assertions, no in-place operators.
 
-In-place operators are rewritten by our own alias analysis instead of `run_decompositions({})`, which would turn
-dropout into a clone and batch normalisation into an operator that can't train. A view that was written through is
-replayed backwards (`slice_scatter`, `select_scatter`, inverse permutation …) onto its base. An alias that can't be
+In-place operators are rewritten by our own alias analysis instead of `run_decompositions({})`, which would
+turn
+dropout into a clone and batch normalisation into an operator that can't train. A view that was written
+through is
+replayed backwards (`slice_scatter`, `select_scatter`, inverse permutation …) onto its base. An alias that
+can't be
 proven safe is refused.
 """
 
@@ -20,15 +23,52 @@ from bitport.graph.match import op_name
 aten = torch.ops.aten
 
 _ASSERTIONS = frozenset(
-    "_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size".split()
+    [
+        "_assert_tensor_metadata",
+        "_assert_scalar",
+        "_assert_async",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+    ]
 )
 # views whose effect can be replayed backwards
-_VIEWS = frozenset("slice select transpose t permute unsqueeze squeeze view alias diagonal".split())
+_VIEWS = frozenset(
+    ["slice", "select", "transpose", "t", "permute", "unsqueeze", "squeeze", "view", "alias", "diagonal"]
+)
 # may return a view, depending on strides or mode: an alias to be afraid of, never one to rely on
 _MAYBE_VIEWS = frozenset(
-    """reshape flatten unflatten contiguous to expand expand_as view_as reshape_as narrow movedim swapaxes unfold
-    as_strided detach dropout feature_dropout alpha_dropout type_as squeeze lift_fresh chunk split
-    split_with_sizes unbind tensor_split real imag mT numpy_T""".split()
+    [
+        "reshape",
+        "flatten",
+        "unflatten",
+        "contiguous",
+        "to",
+        "expand",
+        "expand_as",
+        "view_as",
+        "reshape_as",
+        "narrow",
+        "movedim",
+        "swapaxes",
+        "unfold",
+        "as_strided",
+        "detach",
+        "dropout",
+        "feature_dropout",
+        "alpha_dropout",
+        "type_as",
+        "squeeze",
+        "lift_fresh",
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "tensor_split",
+        "real",
+        "imag",
+        "mT",
+        "numpy_T",
+    ]
 )
 
 
@@ -40,9 +80,12 @@ def inline_regions(gm: fx.GraphModule) -> None:
         if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             continue
         if name == "wrap_with_autocast":
-            raise GraphError(f"{node.name}: torch.autocast inside forward can't be kept; remove it and load again")
+            raise GraphError(
+                f"{node.name}: torch.autocast inside forward can't be kept; remove it and load again"
+            )
         enabled, region_node, *inputs = node.args
-        region = gm.get_submodule(str(region_node.target))  # type: ignore[union-attr]
+        assert isinstance(region_node, fx.Node)
+        region = gm.get_submodule(str(region_node.target))
         assert isinstance(region, fx.GraphModule)
         inline_regions(region)
         _inline(graph, node, region, inputs, detach=not enabled)
@@ -58,7 +101,8 @@ def _inline(graph: fx.Graph, node: fx.Node, region: fx.GraphModule, inputs: list
             if inner.op == "get_attr":
                 raise GraphError(f"{node.name}: a no_grad region that owns tensors can't be inlined")
             env[inner] = graph.node_copy(inner, lambda n: env[n])
-        results = [env[r] for r in region.graph.output_node().args[0]]  # type: ignore[union-attr]
+        outputs: Any = region.graph.output_node().args[0]
+        results = [env[r] if isinstance(r, fx.Node) else r for r in outputs]
         if detach:
             for i, result in enumerate(results):
                 if isinstance(result, fx.Node) and isinstance(result.meta.get("val"), torch.Tensor):
@@ -152,9 +196,7 @@ class _Functionalizer:
         source = self._origin(source)
         if name in _VIEWS and not (name == "squeeze" and len(node.args) < 2):
             self.base[node] = _View(source, node)
-        elif name in _MAYBE_VIEWS:
-            self.maybe[node] = source
-        elif node.target is operator.getitem and source in self.maybe:
+        elif name in _MAYBE_VIEWS or (node.target is operator.getitem and source in self.maybe):
             self.maybe[node] = source
 
     def _root(self, node: fx.Node) -> fx.Node:
@@ -188,20 +230,22 @@ class _Functionalizer:
         written = node.args[0]
         info = node.target._schema.arguments[0].alias_info  # type: ignore[union-attr]
         if not isinstance(written, fx.Node) or info is None or not info.is_write:
-            raise GraphError(f"{node.name}: {node.target} writes to several tensors at once; use the functional form")
+            raise GraphError(
+                f"{node.name}: {node.target} writes to several tensors at once; use the functional form"
+            )
         written = self._origin(written)
         root = self._root(written)
         certain = self._certain(root)
         for other in self._family(written) - certain:
             if other.op in ("placeholder", "get_attr") or self._used_later(other, node):
                 raise GraphError(
-                    f"{node.name}: {op_name(node)}_ writes to memory that {other.name} may share and that is used "
-                    f"afterwards; write the out-of-place form in the model"
+                    f"{node.name}: {op_name(node)}_ writes to memory that {other.name} may share and that is "
+                    f"used afterwards; write the out-of-place form in the model"
                 )
         if root.op == "get_attr":
             raise GraphError(
-                f"{node.name}: {op_name(node)}_ writes to {root.target!r} in forward; a graph keeps no state, "
-                f"so compute the value instead of storing it"
+                f"{node.name}: {op_name(node)}_ writes to {root.target!r} in forward; a graph keeps no "
+                f"state, so compute the value instead of storing it"
             )
         if root.op == "placeholder":
             self.notes.append(f"input {root.name!r} is written to in forward; the graph works on a copy")
@@ -234,7 +278,7 @@ class _Functionalizer:
         """The out-of-place twin of an in-place node, placed before it."""
         name = op_name(node)
         target: fx.Node = node.args[0]  # type: ignore[assignment]
-        before = target.meta.get("val")
+        before: Any = target.meta.get("val")
         with self.graph.inserting_before(node):
             if name == "copy":
                 return self._copy(node, target, node.args[1])
@@ -249,14 +293,14 @@ class _Functionalizer:
                 raise GraphError(f"{node.name}: {node.target} has no out-of-place form")
             fresh = self._emit(node, overload, node.args, dict(node.kwargs))
             others = [a.meta.get("val") for a in node.all_input_nodes[1:]]
-            if isinstance(before, torch.Tensor) and not before.is_floating_point():
-                if any(isinstance(o, torch.Tensor) and o.dtype != before.dtype for o in others):
-                    fresh = self._emit(node, aten.to.dtype, (fresh, before.dtype))
+            whole = isinstance(before, torch.Tensor) and not before.is_floating_point()
+            if whole and any(isinstance(o, torch.Tensor) and o.dtype != before.dtype for o in others):
+                fresh = self._emit(node, aten.to.dtype, (fresh, before.dtype))
             return fresh
 
     def _copy(self, node: fx.Node, target: fx.Node, source: Any) -> fx.Node:
-        before = target.meta.get("val")
-        value = source.meta.get("val") if isinstance(source, fx.Node) else None
+        before: Any = target.meta.get("val")
+        value: Any = source.meta.get("val") if isinstance(source, fx.Node) else None
         if value is None:
             return self._emit(node, aten.full_like.default, (target, source))
         if before.dtype != value.dtype:
@@ -274,7 +318,8 @@ class _Functionalizer:
     def _write_back(self, node: fx.Node, view: _View, value: fx.Node) -> fx.Node:
         """What `view.base` holds after `value` was written through the view."""
         base = self.current.get(view.base, view.base)
-        name, rest = op_name(view.node), list(view.node.args[1:])
+        name = op_name(view.node)
+        rest: list[Any] = list(view.node.args[1:])
         shape = view.base.meta["val"]
         with self.graph.inserting_before(node):
             if name in ("slice", "select", "diagonal"):
@@ -285,7 +330,9 @@ class _Functionalizer:
                 fresh = self._emit(node, aten.transpose.int, (value, a, b))
             elif name == "permute":
                 dims = [d % shape.dim() for d in rest[0]]
-                fresh = self._emit(node, aten.permute.default, (value, [dims.index(i) for i in range(len(dims))]))
+                fresh = self._emit(
+                    node, aten.permute.default, (value, [dims.index(i) for i in range(len(dims))])
+                )
             elif name == "unsqueeze":
                 fresh = self._emit(node, aten.squeeze.dim, (value, rest[0]))
             elif name == "alias":

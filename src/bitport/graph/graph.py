@@ -20,11 +20,14 @@ from bitport.graph.match import Op, classify, is_shape, op_name
 from bitport.graph.shapes import Shape, execute, fetch, read_shape
 
 META = "bitport"  # key of what a raised module carries in `gm.meta`
-_RANDOM = frozenset("rand randn rand_like randn_like randint bernoulli multinomial normal randperm".split())
+_RANDOM = frozenset(
+    ["rand", "randn", "rand_like", "randn_like", "randint", "bernoulli", "multinomial", "normal", "randperm"]
+)
 
 
 class Edge(NamedTuple):
-    """One use of a tensor: who makes it, who reads it, in which slot of `Op.operands` (output: flat index)."""
+    """One use of a tensor: who makes it, who reads it, in which slot of `Op.operands` (output: flat
+    index)."""
 
     producer: str
     consumer: str
@@ -74,7 +77,8 @@ class Graph:
         self.outputs: tuple[OutputSpec, ...] = ()
         self.propagate()
 
-    # --- nodes and names ------------------------------------------------------------------------------------------
+    # --- nodes and names
+    # ------------------------------------------------------------------------------------------
 
     def nodes(self) -> list[fx.Node]:
         """Operator nodes (no placeholder, get_attr or output) in topological order."""
@@ -89,7 +93,9 @@ class Graph:
         if "bitport_name" not in node.meta and node.op != "output":
             node.meta.setdefault("bitport_path", _blocks.path_of(node))
             taken = {n.meta["bitport_name"] for n in self.gm.graph.nodes if "bitport_name" in n.meta}
-            node.meta["bitport_name"] = names.unique(names.base_name(node), taken | {i.name for i in self.inputs})
+            node.meta["bitport_name"] = names.unique(
+                names.base_name(node), taken | {i.name for i in self.inputs}
+            )
         return str(node.meta.get("bitport_name", node.name))
 
     def node(self, name: str) -> fx.Node:
@@ -100,7 +106,8 @@ class Graph:
         """
         found = {self.name(n): n for n in (*self.gm.graph.find_nodes(op="placeholder"), *self.nodes())}
         if name in found:
-            return found[name]
+            node: fx.Node = found[name]
+            return node
         near = get_close_matches(name, found, n=5, cutoff=0.4)
         raise GraphError(f"no node is called {name!r}; near: {', '.join(near) or 'none'}")
 
@@ -154,7 +161,9 @@ class Graph:
         if not isinstance(value, Tensor):
             known = [n for n, _ in (*self.gm.named_parameters(), *self.gm.named_buffers())]
             near = get_close_matches(dotted, known, n=5, cutoff=0.4)
-            raise GraphError(f"no parameter or buffer is called {dotted!r}; near: {', '.join(near) or 'none'}")
+            raise GraphError(
+                f"no parameter or buffer is called {dotted!r}; near: {', '.join(near) or 'none'}"
+            )
         return value
 
     def set_tensor(self, dotted: str, value: Tensor) -> None:
@@ -166,13 +175,16 @@ class Graph:
         for module in self.gm.modules():
             for kind in (module._parameters, module._buffers):
                 for name in [n for n, t in kind.items() if t is old]:
-                    setattr(module, name, new)  # setattr, so that recurrent modules refresh their flat weights
+                    setattr(
+                        module, name, new
+                    )  # setattr, so that recurrent modules refresh their flat weights
 
     def blocks(self) -> list[_blocks.Block]:
         """Callable sub-graphs by the user's module tree; see `graph.blocks`."""
         return _blocks.blocks(self)
 
-    # --- laws, copies, shapes -------------------------------------------------------------------------------------
+    # --- laws, copies, shapes
+    # -------------------------------------------------------------------------------------
 
     def check(self, stage: str | None = None) -> None:
         """Checks the laws of a stage (default: the graph's own). Raises GraphError naming node and law."""
@@ -188,7 +200,9 @@ class Graph:
         Raises:
             GraphError: an operator refuses the shapes; names the node.
         """
-        self._symbols = shapes.propagate(self.gm, [i.shape for i in self.inputs], [i.dtype for i in self.inputs])
+        self._symbols = shapes.propagate(
+            self.gm, [i.shape for i in self.inputs], [i.dtype for i in self.inputs], self.sizes
+        )
         self._ops.clear()
         found = []
         for label, node in zip(self._output_names(), self.output_nodes(), strict=True):
@@ -214,7 +228,8 @@ class Graph:
         """The symbolic shape of a node's tensor value; None when it has none (tuples, sizes)."""
         return read_shape(node.meta.get("val"), self._symbols)
 
-    # --- running --------------------------------------------------------------------------------------------------
+    # --- running
+    # --------------------------------------------------------------------------------------------------
 
     def flat_args(self, inputs: Any) -> tuple[Tensor, ...]:
         """A tensor, tuple or dict of inputs as positional flat tensors in the order of `inputs`.
@@ -254,7 +269,8 @@ class Graph:
         return tuple(v for v in pytree.tree_leaves(result) if isinstance(v, Tensor))
 
     def module(self) -> nn.Module:
-        """A deep copy as an ordinary `nn.Module`: the user's call signature, output structure and state dict."""
+        """A deep copy as an ordinary `nn.Module`: the user's call signature, output structure and state
+        dict."""
         copied = copy.deepcopy(self.gm)
         copied.meta[META] = {
             "inputs": [(i.name, i.shape, i.dtype) for i in self.inputs],
@@ -265,7 +281,8 @@ class Graph:
         return copied
 
     def export(self) -> torch.export.ExportedProgram:
-        """Re-exports in eval mode with the same dynamic axes; holds no stack traces or paths of this machine."""
+        """Re-exports in eval mode with the same dynamic axes; holds no stack traces or paths of this
+        machine."""
         from bitport.graph.export import export_graph
 
         return export_graph(self)
@@ -282,8 +299,13 @@ class Graph:
                 module = self.gm.get_submodule(str(node.target))
                 line.append(f"{type(module).__name__}({module.extra_repr()})")
             state.update("\x1f".join(line).encode())
-        state.update(repr([[astuple(s) for s in (*self.inputs, *self.outputs)], self.stage]).encode())
-        tensors = [*self.gm.named_parameters(remove_duplicate=False), *self.gm.named_buffers(remove_duplicate=False)]
+        state.update(
+            repr([list(map(astuple, self.inputs)), list(map(astuple, self.outputs)), self.stage]).encode()
+        )
+        tensors = [
+            *self.gm.named_parameters(remove_duplicate=False),
+            *self.gm.named_buffers(remove_duplicate=False),
+        ]
         for name, tensor in sorted(tensors, key=lambda item: item[0]):
             data = tensor.detach().cpu().contiguous()
             state.update(f"{name}:{data.dtype}:{tuple(data.shape)}".encode())

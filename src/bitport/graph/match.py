@@ -24,7 +24,8 @@ SHAPE_TARGETS = frozenset({"sym_size", "sym_numel", "sym_stride", "sym_storage_o
 class Operand:
     """One tensor operand of a node.
 
-    `node` is the producing node of the fx graph (placeholder, operator or get_attr), or None when the tensor is
+    `node` is the producing node of the fx graph (placeholder, operator or get_attr), or None when the
+    tensor is
     owned by the raised module itself. `tensor` is the dotted name when the operand is a parameter or buffer.
     """
 
@@ -115,16 +116,15 @@ def is_shape(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if value is not None:
         return isinstance(value, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool)
-    scalar = isinstance(node.target, Callable) and getattr(node.target, "__module__", "") in (  # type: ignore[arg-type]
-        "_operator",
-        "math",
-    )
+
+    scalar = getattr(node.target, "__module__", "") in ("_operator", "math")
     args = [a for a in node.args if isinstance(a, fx.Node)]
     return scalar and node.target is not operator.getitem and all(is_shape(a) for a in args)
 
 
 def op_name(node: fx.Node) -> str:
-    """The bare operator name of a call_function node: `conv2d`, `add`, `getitem`; in-place underscore removed."""
+    """The bare operator name of a call_function node: `conv2d`, `add`, `getitem`; in-place underscore
+    removed."""
     target = node.target
     packet = getattr(target, "overloadpacket", None)
     if packet is not None:
@@ -147,7 +147,8 @@ def _flat_tensors(arg: Any) -> list[Operand | None]:
 
 
 def _strip(operands: list[Operand | None], keep: int) -> tuple[Operand | None, ...]:
-    """Trailing absences are dropped beyond the canonical slots, so that `(x, None)` scalars read as `(x,)`."""
+    """Trailing absences are dropped beyond the canonical slots, so that `(x, None)` scalars read as
+    `(x,)`."""
     while len(operands) > keep and operands[-1] is None:
         operands.pop()
     return tuple(operands)
@@ -185,7 +186,17 @@ def classify(graph_module: fx.GraphModule, node: fx.Node) -> Op:
 
 # kinds whose absent operands keep their slot, so that slot numbers mean the same thing everywhere
 FIXED_ARITY = frozenset(
-    "conv conv_transpose linear batch_norm layer_norm rms_norm group_norm instance_norm sdpa".split()
+    [
+        "conv",
+        "conv_transpose",
+        "linear",
+        "batch_norm",
+        "layer_norm",
+        "rms_norm",
+        "group_norm",
+        "instance_norm",
+        "sdpa",
+    ]
 )
 
 

@@ -63,7 +63,9 @@ class Attention(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"dropout={self.dropout}, is_causal={self.is_causal}, scale={self.scale}, gqa={self.enable_gqa}"
+        return (
+            f"dropout={self.dropout}, is_causal={self.is_causal}, scale={self.scale}, gqa={self.enable_gqa}"
+        )
 
 
 class ModuleRow(NamedTuple):
@@ -81,7 +83,13 @@ def _conv(m: Any) -> dict[str, Any]:
     padding = m.padding
     if isinstance(padding, str):
         padding = same_padding(padding, tuple(m.kernel_size), dilation)
-    found = dict(stride=spread(m.stride, ndim), padding=padding, dilation=dilation, groups=m.groups, ndim=ndim)
+    found = {
+        "stride": spread(m.stride, ndim),
+        "padding": padding,
+        "dilation": dilation,
+        "groups": m.groups,
+        "ndim": ndim,
+    }
     found["padding_mode"] = m.padding_mode
     if m.transposed:
         found["output_padding"] = spread(m.output_padding, ndim)
@@ -112,7 +120,9 @@ MODULES: dict[type[nn.Module], ModuleRow] = {
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), ModuleRow("batch_norm", _BN, _bn)),
     **dict.fromkeys(
         (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-        ModuleRow("instance_norm", _BN, lambda m: {"eps": m.eps, "use_input_stats": not m.track_running_stats}),
+        ModuleRow(
+            "instance_norm", _BN, lambda m: {"eps": m.eps, "use_input_stats": not m.track_running_stats}
+        ),
     ),
     nn.LayerNorm: ModuleRow(
         "layer_norm", _WB, lambda m: {"normalized_shape": tuple(m.normalized_shape), "eps": m.eps}

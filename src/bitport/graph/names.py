@@ -13,7 +13,7 @@ from torch import fx
 from bitport.graph.match import is_shape, op_name
 
 _NOT_LEAF = ("container.", "transformer.", "activation.MultiheadAttention")
-_MINOR = frozenset("getitem zeros contiguous clone alias detach full zeros_like".split())
+_MINOR = frozenset(["getitem", "zeros", "contiguous", "clone", "alias", "detach", "full", "zeros_like"])
 
 
 class Site(NamedTuple):
@@ -60,7 +60,8 @@ def base_name(node: fx.Node) -> str:
 
 
 def assign(graph: fx.Graph, taken: set[str]) -> None:
-    """Gives every operator node without a name one, in `node.meta["bitport_name"]`; `taken` are not reused."""
+    """Gives every operator node without a name one, in `node.meta["bitport_name"]`; `taken` are not
+    reused."""
     nodes = [n for n in graph.nodes if n.op in ("call_function", "call_module")]
     _drop_doubles(nodes)
     used = set(taken) | {n.meta["bitport_name"] for n in nodes if "bitport_name" in n.meta}
@@ -84,7 +85,8 @@ def assign(graph: fx.Graph, taken: set[str]) -> None:
 
 
 def _drop_doubles(nodes: list[fx.Node]) -> None:
-    """Several nodes that carry one name (a module re-exported as several operators): the main one keeps it."""
+    """Several nodes that carry one name (a module re-exported as several operators): the main one keeps
+    it."""
     holders: dict[str, list[fx.Node]] = {}
     for node in nodes:
         if "bitport_name" in node.meta:

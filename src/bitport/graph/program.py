@@ -26,7 +26,8 @@ def from_program(
 
     Args:
         program: an eval-mode program, not yet decomposed.
-        model: the module it was exported from, or None; gives ties, momentum and dropout rates their exact values.
+        model: the module it was exported from, or None; gives ties, momentum and dropout rates their exact
+        values.
             The graph shares its tensors: hand in a copy.
         axes: names of dynamic axes by (input name, axis); others are called `batch` or `<input>_<axis>`.
 
@@ -53,14 +54,25 @@ def from_program(
 
 
 def finish(
-    raised: fx.GraphModule, inputs: Sequence[InputSpec], notes: Sequence[str], stage: str, sizes: Mapping[str, int]
+    raised: fx.GraphModule,
+    inputs: Sequence[InputSpec],
+    notes: Sequence[str],
+    stage: str,
+    sizes: Mapping[str, int],
 ) -> Graph:
     """Symbolic shapes, names and laws of a freshly raised module."""
-    shapes.propagate(raised, [i.shape for i in inputs], [i.dtype for i in inputs])
+    shapes.propagate(raised, [i.shape for i in inputs], [i.dtype for i in inputs], sizes)
     shapes.symbolise(raised.graph)
     names.assign(raised.graph, {i.name for i in inputs})
     for node in raised.graph.nodes:
-        for key in ("stack_trace", "source_fn_stack", "from_node", "torch_fn", "tensor_meta", "nn_module_stack"):
+        for key in (
+            "stack_trace",
+            "source_fn_stack",
+            "from_node",
+            "torch_fn",
+            "tensor_meta",
+            "nn_module_stack",
+        ):
             node.meta.pop(key, None)
     raised.graph.lint()
     raised.recompile()
@@ -94,7 +106,9 @@ def _inputs(graph: fx.Graph, axes: Mapping[tuple[str, int], str]) -> tuple[list[
     values = [node.meta.get("val") for node in placeholders]
     for node, value in zip(placeholders, values, strict=True):
         if not isinstance(value, Tensor):
-            raise LoadError(f"input {node.name!r} is no tensor ({value!r}): bind it in the model before loading")
+            raise LoadError(
+                f"input {node.name!r} is no tensor ({value!r}): bind it in the model before loading"
+            )
         for axis, size in enumerate(value.shape):
             if isinstance(size, torch.SymInt) and (str(node.target), axis) in axes:
                 symbols.setdefault(str(size), axes[str(node.target), axis])
@@ -118,7 +132,9 @@ def _inputs(graph: fx.Graph, axes: Mapping[tuple[str, int], str]) -> tuple[list[
 def _unclaimed(inputs: Iterable[InputSpec]) -> None:
     for item in inputs:
         if item.dtype.is_complex:
-            raise LoadError(f"input {item.name!r} is complex ({item.dtype}): only real tensors can be compressed")
+            raise LoadError(
+                f"input {item.name!r} is complex ({item.dtype}): only real tensors can be compressed"
+            )
 
 
 __all__ = ["finish", "from_program", "held_in"]

@@ -1,6 +1,8 @@
-"""Raising: aten calls that own parameters, or that depend on train / eval mode, become modules of a closed set.
+"""Raising: aten calls that own parameters, or that depend on train / eval mode, become modules of a closed
+set.
 
-Each raised module sits at its weight's original owner path, so that `state_dict()` reads as the user's. A call whose
+Each raised module sits at its weight's original owner path, so that `state_dict()` reads as the user's. A
+call whose
 weight is computed, packed or owned by a module with children stays functional: still with correct gradients.
 """
 
@@ -11,10 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from bitport.graph import names
+from bitport.graph.aten_table import spread
 from bitport.graph.match import Call, op_name
 from bitport.graph.module_table import Attention, BatchNormCall, RaisedGRU, RaisedLSTM, RaisedRNN
 
@@ -87,10 +89,15 @@ def child_at(root: nn.Module, path: str) -> nn.Module:
 
 
 class Plan:
-    """What a call would become: class, constructor arguments, {attribute: aten argument}, activation arguments."""
+    """What a call would become: class, constructor arguments, {attribute: aten argument}, activation
+    arguments."""
 
     def __init__(
-        self, cls: type[nn.Module], kwargs: dict[str, Any], tensors: dict[str, fx.Node | None], args: tuple[Any, ...]
+        self,
+        cls: type[nn.Module],
+        kwargs: dict[str, Any],
+        tensors: dict[str, fx.Node | None],
+        args: tuple[Any, ...],
     ) -> None:
         self.cls, self.kwargs, self.tensors, self.args = cls, kwargs, tensors, args
 
@@ -104,21 +111,24 @@ def _shape(call: Call, name: str) -> tuple[int, ...]:
     return tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else ()
 
 
+def _spread(value: Any, ndim: int) -> Any:
+    return value if isinstance(value, str) else spread(value, ndim)
+
+
 def _conv(call: Call, original: nn.Module | None) -> Plan | None:
     shape = _shape(call, "weight")
     if len(shape) not in (3, 4, 5):
         return None
     ndim, groups = len(shape) - 2, call["groups"]
     transposed = bool(call["transposed"]) or op_name(call.node).startswith("conv_transpose")
-    spread = lambda v: v if isinstance(v, str) else tuple(v) * (ndim if len(v) == 1 else 1)  # noqa: E731
-    kwargs: dict[str, Any] = dict(kernel_size=shape[2:], groups=groups, bias=call["bias"] is not None)
-    kwargs |= {k: spread(call[k]) for k in ("stride", "padding", "dilation")}
+    kwargs: dict[str, Any] = {"kernel_size": shape[2:], "groups": groups, "bias": call["bias"] is not None}
+    kwargs |= {k: _spread(call[k], ndim) for k in ("stride", "padding", "dilation")}
     if transposed:
-        kwargs |= dict(in_channels=shape[0], out_channels=shape[1] * groups)
-        kwargs["output_padding"] = spread(call["output_padding"])
+        kwargs |= {"in_channels": shape[0], "out_channels": shape[1] * groups}
+        kwargs["output_padding"] = _spread(call["output_padding"], ndim)
         cls: type[nn.Module] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[ndim - 1]
     else:
-        kwargs |= dict(in_channels=shape[1] * groups, out_channels=shape[0])
+        kwargs |= {"in_channels": shape[1] * groups, "out_channels": shape[0]}
         cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1]
     return Plan(cls, kwargs, {"weight": call["weight"], "bias": call["bias"]}, (call["input"],))
 
@@ -127,7 +137,7 @@ def _linear(call: Call, original: nn.Module | None) -> Plan | None:
     shape = _shape(call, "weight")
     if len(shape) != 2:
         return None
-    kwargs = dict(in_features=shape[1], out_features=shape[0], bias=call["bias"] is not None)
+    kwargs = {"in_features": shape[1], "out_features": shape[0], "bias": call["bias"] is not None}
     return Plan(nn.Linear, kwargs, {"weight": call["weight"], "bias": call["bias"]}, (call["input"],))
 
 
@@ -138,7 +148,11 @@ def _norm_tensors(call: Call) -> dict[str, fx.Node | None]:
 def _batch_norm(call: Call, original: nn.Module | None) -> Plan | None:
     tensors, value = _norm_tensors(call), call.value("input")
     tracked = tensors["running_mean"] is not None
-    if (tracked and call["training"]) or value is None or (tensors["weight"] is None) != (tensors["bias"] is None):
+    if (
+        (tracked and call["training"])
+        or value is None
+        or (tensors["weight"] is None) != (tensors["bias"] is None)
+    ):
         return None
     count = next((_shape(call, k)[0] for k, v in tensors.items() if v is not None), int(value.shape[1]))
     momentum = call["momentum"]
@@ -147,21 +161,35 @@ def _batch_norm(call: Call, original: nn.Module | None) -> Plan | None:
     elif momentum == 0.0 and tracked:
         momentum = None  # how torch.export writes a cumulative average
     cls = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[value.dim()]
-    kwargs = dict(num_features=count, eps=call["eps"], momentum=momentum, affine=tensors["weight"] is not None)
+    kwargs = {
+        "num_features": count,
+        "eps": call["eps"],
+        "momentum": momentum,
+        "affine": tensors["weight"] is not None,
+    }
     return Plan(cls, kwargs | {"track_running_stats": tracked}, tensors, (call["input"],))
 
 
 def _instance_norm(call: Call, original: nn.Module | None) -> Plan | None:
     tensors, value = _norm_tensors(call), call.value("input")
     tracked = tensors["running_mean"] is not None
-    if value is None or value.dim() not in (3, 4, 5) or (tensors["weight"] is None) != (tensors["bias"] is None):
+    if (
+        value is None
+        or value.dim() not in (3, 4, 5)
+        or (tensors["weight"] is None) != (tensors["bias"] is None)
+    ):
         return None
     if bool(call["use_input_stats"]) == tracked:
         return None
     momentum = getattr(original, "momentum", call["momentum"])
     cls = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[value.dim() - 3]
     count = next((_shape(call, k)[0] for k, v in tensors.items() if v is not None), int(value.shape[1]))
-    kwargs = dict(num_features=count, eps=call["eps"], momentum=momentum, affine=tensors["weight"] is not None)
+    kwargs = {
+        "num_features": count,
+        "eps": call["eps"],
+        "momentum": momentum,
+        "affine": tensors["weight"] is not None,
+    }
     return Plan(cls, kwargs | {"track_running_stats": tracked}, tensors, (call["input"],))
 
 
@@ -169,7 +197,7 @@ def _layer_norm(call: Call, original: nn.Module | None) -> Plan | None:
     shape = call["normalized_shape"]
     if call["weight"] is None or any(not isinstance(s, int) for s in shape):
         return None
-    kwargs = dict(normalized_shape=tuple(shape), eps=call["eps"], bias=call["bias"] is not None)
+    kwargs = {"normalized_shape": tuple(shape), "eps": call["eps"], "bias": call["bias"] is not None}
     return Plan(nn.LayerNorm, kwargs, {"weight": call["weight"], "bias": call["bias"]}, (call["input"],))
 
 
@@ -177,22 +205,26 @@ def _rms_norm(call: Call, original: nn.Module | None) -> Plan | None:
     shape = call["normalized_shape"]
     if call["weight"] is None or any(not isinstance(s, int) for s in shape):
         return None
-    kwargs = dict(normalized_shape=tuple(shape), eps=call["eps"])
+    kwargs = {"normalized_shape": tuple(shape), "eps": call["eps"]}
     return Plan(nn.RMSNorm, kwargs, {"weight": call["weight"]}, (call["input"],))
 
 
 def _group_norm(call: Call, original: nn.Module | None) -> Plan | None:
     if call["weight"] is None or call["bias"] is None:
         return None
-    kwargs = dict(num_groups=call["num_groups"], num_channels=_shape(call, "weight")[0], eps=call["eps"])
+    kwargs = {"num_groups": call["num_groups"], "num_channels": _shape(call, "weight")[0], "eps": call["eps"]}
     return Plan(nn.GroupNorm, kwargs, {"weight": call["weight"], "bias": call["bias"]}, (call["input"],))
 
 
 def _embedding(call: Call, original: nn.Module | None) -> Plan | None:
     rows, width = _shape(call, "weight")
     padding = call["padding_idx"]
-    kwargs = dict(num_embeddings=rows, embedding_dim=width, padding_idx=None if padding == -1 else padding)
-    kwargs |= dict(scale_grad_by_freq=call["scale_grad_by_freq"], sparse=call["sparse"])
+    kwargs = {
+        "num_embeddings": rows,
+        "embedding_dim": width,
+        "padding_idx": None if padding == -1 else padding,
+    }
+    kwargs |= {"scale_grad_by_freq": call["scale_grad_by_freq"], "sparse": call["sparse"]}
     return Plan(nn.Embedding, kwargs, {"weight": call["weight"]}, (call["indices"],))
 
 
@@ -205,8 +237,12 @@ def _rnn(cls: type[nn.RNNBase], gates: int, **more: Any) -> Callable[[Call, nn.M
         each = len(params) // layers
         shapes = [tuple(int(s) for s in p.meta["val"].shape) for p in params]
         proj = shapes[each - 1][0] if each in (3, 5) else 0
-        kwargs = dict(input_size=shapes[0][1], hidden_size=shapes[0][0] // gates, num_layers=call["num_layers"])
-        kwargs |= dict(bias=call["has_biases"], batch_first=call["batch_first"], dropout=call["dropout"])
+        kwargs = {
+            "input_size": shapes[0][1],
+            "hidden_size": shapes[0][0] // gates,
+            "num_layers": call["num_layers"],
+        }
+        kwargs |= {"bias": call["has_biases"], "batch_first": call["batch_first"], "dropout": call["dropout"]}
         kwargs |= dict(bidirectional=call["bidirectional"], **more)
         if proj:
             kwargs["proj_size"] = proj
@@ -221,7 +257,9 @@ def _rnn(cls: type[nn.RNNBase], gates: int, **more: Any) -> Callable[[Call, nn.M
 
 
 PLANS: Mapping[str, Callable[[Call, nn.Module | None], Plan | None]] = {
-    **dict.fromkeys("conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d".split(), _conv),
+    **dict.fromkeys(
+        ["conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d"], _conv
+    ),
     "conv_transpose3d": _conv,
     "linear": _linear,
     "batch_norm": _batch_norm,
@@ -253,7 +291,8 @@ class Raiser:
 
     def run(self) -> None:
         nodes = [n for n in self.graph.nodes if n.op == "call_function"]
-        # calls made inside the owner claim it first: a tied matrix is an Embedding at home, functional elsewhere
+        # calls made inside the owner claim it first: a tied matrix is an Embedding at home, functional
+        # elsewhere
         for at_home in (True, False):
             for node in nodes:
                 if op_name(node) in PLANS and not node._erased:
@@ -342,19 +381,23 @@ class Raiser:
         elif name == "batch_norm" and not (call["training"] and call["running_mean"] is not None):
             module = BatchNormCall(call["momentum"], call["eps"])
             slots = ("input", "weight", "bias", "running_mean", "running_var")
-            self._replace(node, self._new_path(where.path, "batch_norm", module), tuple(call[s] for s in slots))
+            self._replace(
+                node, self._new_path(where.path, "batch_norm", module), tuple(call[s] for s in slots)
+            )
         elif name == "scaled_dot_product_attention":
             original = self.originals.get(where.path)
             p = float(original.dropout) if isinstance(original, nn.MultiheadAttention) else 0.0
             if call["dropout_p"] == 0.0 and p > 0.0:
                 attention = Attention(p, call["is_causal"], call["scale"], call["enable_gqa"])
-                slots = ("query", "key", "value", "attn_mask")
-                args = tuple(call[s] for s in slots if call[s] is not None)
+                operands = (call[s] for s in ("query", "key", "value", "attn_mask"))
+                args = tuple(o for o in operands if o is not None)
                 self._replace(node, self._new_path(where.path, "attention", attention), args)
 
     def _dropout(self, node: fx.Node, call: Call, where: names.Site) -> None:
         if call["train"]:
-            self.notes.append(f"{names.base_name(node)} drops values in eval mode as well: outputs are random")
+            self.notes.append(
+                f"{names.base_name(node)} drops values in eval mode as well: outputs are random"
+            )
             return
         rank = call.rank("input") or 0
         cls = _DROPOUTS[op_name(node)]

@@ -1,7 +1,9 @@
 """Shapes: symbolic propagation through a raised graph, and literal sizes made symbolic.
 
-`propagate` gives every node a fake value with one symbol per dynamic axis. `symbolise` rewrites the literal sizes of
-views and expands in terms of their operand's sizes, so that channels and heads can be removed in front of them.
+`propagate` gives every node a fake value with one symbol per dynamic axis. `symbolise` rewrites the
+literal sizes of
+views and expands in terms of their operand's sizes, so that channels and heads can be removed in front of
+them.
 """
 
 from __future__ import annotations
@@ -37,9 +39,11 @@ def execute(
     on_value: Callable[[fx.Node, Any], Any] | None = None,
     around: Callable[[fx.Node], Any] | None = None,
 ) -> Any:
-    """Runs `gm` node by node, freeing a value as soon as its last user ran; returns the output node's argument.
+    """Runs `gm` node by node, freeing a value as soon as its last user ran; returns the output node's
+    argument.
 
-    `on_value(node, value)` sees each placeholder and operator value; what it returns (unless None) replaces it.
+    `on_value(node, value)` sees each placeholder and operator value; what it returns (unless None)
+    replaces it.
     `around(node)` gives a context manager that is entered for the node's call.
     """
     last: dict[fx.Node, list[fx.Node]] = {}
@@ -61,12 +65,12 @@ def execute(
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
             if node.op == "output":
                 return args[0]
-            call = gm.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+            call: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else node.target
             if around is None:
-                value = call(*args, **kwargs)  # type: ignore[operator]
+                value = call(*args, **kwargs)
             else:
                 with around(node):
-                    value = call(*args, **kwargs)  # type: ignore[operator]
+                    value = call(*args, **kwargs)
         if on_value is not None:
             replaced = on_value(node, value)
             value = value if replaced is None else replaced
@@ -78,10 +82,17 @@ def execute(
     raise GraphError("the graph has no output node")
 
 
-def propagate(gm: fx.GraphModule, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> dict[str, str]:
+def propagate(
+    gm: fx.GraphModule,
+    shapes: Sequence[Shape],
+    dtypes: Sequence[torch.dtype],
+    lengths: Mapping[str, int] | None = None,
+) -> dict[str, str]:
     """Sets `node.meta["val"]` of every node, with one symbol per named axis of the inputs.
 
-    Returns the symbols' names as {symbol: axis name}. Devices are those of the parameters (cpu for the inputs).
+    `lengths` are legal lengths of named axes. Returns the symbols' names as
+    {symbol: axis name}. Devices are those of the parameters (cpu for the
+    inputs).
 
     Raises:
         GraphError: an operator refuses the shapes; names the node.
@@ -96,7 +107,8 @@ def propagate(gm: fx.GraphModule, shapes: Sequence[Shape], dtypes: Sequence[torc
     for shape in shapes:
         for axis in shape:
             if isinstance(axis, str) and axis not in sizes:
-                hint = 8 if not sizes else 64 * (5 + 2 * len(sizes))  # divisible, and equal to no other axis
+                # the length in the example is known to be legal; the batch gets one that equals no other axis
+                hint = 8 * 7919 if axis == "batch" else (lengths or {}).get(axis, 64 * (5 + 2 * len(sizes)))
                 symbol = env.create_symbol(hint, ConstantSource(f"axis_{axis}"), DimDynamic.DYNAMIC)
                 sizes[axis] = env.create_symintnode(symbol, hint=hint)
                 symbols[str(symbol)] = axis
@@ -116,7 +128,9 @@ def propagate(gm: fx.GraphModule, shapes: Sequence[Shape], dtypes: Sequence[torc
         with torch.no_grad(), enable_python_dispatcher():
             with mode:
                 fakes = [
-                    torch.empty([sizes[a] if isinstance(a, str) else a for a in shape], dtype=dtype, device=device)
+                    torch.empty(
+                        [sizes[a] if isinstance(a, str) else a for a in shape], dtype=dtype, device=device
+                    )
                     for shape, dtype in zip(shapes, dtypes, strict=True)
                 ]
             execute(gm, fakes, keep, around)
@@ -126,7 +140,9 @@ def propagate(gm: fx.GraphModule, shapes: Sequence[Shape], dtypes: Sequence[torc
         if isinstance(error, GraphError) or not at:
             raise
         name = at[0].meta.get("bitport_name", at[0].name)
-        raise GraphError(f"{name}: shapes do not fit ({str(error).splitlines()[0]}); check the tensors that were edited") from error
+        raise GraphError(
+            f"{name}: shapes do not fit ({str(error).splitlines()[0]}); check the tensors that were edited"
+        ) from error
     finally:
         for module, training in modes.items():
             module.training = training
@@ -147,20 +163,20 @@ def read_size(size: Any, symbols: Mapping[str, str]) -> int | str:
     expr = size.node.expr
     if expr.is_Integer:
         return int(expr)
-    import sympy
-
-    names = {s: sympy.Symbol(symbols.get(str(s), str(s))) for s in expr.free_symbols}
+    names = {s: type(s)(symbols.get(str(s), str(s))) for s in expr.free_symbols}
     return str(expr.xreplace(names))
 
 
-# --- literal sizes ------------------------------------------------------------------------------------------------
+# --- literal sizes
+# ------------------------------------------------------------------------------------------------
 
 
 def symbolise(graph: fx.Graph) -> None:
     """Rewrites literal sizes of view / reshape / expand / unflatten from the operand's sizes.
 
-    Aligned segments of equal product: one axis to one axis becomes its size, a merge becomes the product, a split
-    derives its outermost literal axis as size // rest. The batch is never baked.
+    Aligned segments of equal product: one axis to one axis becomes its size, a merge becomes the product,
+    a split derives its outermost literal axis as size // rest (the one after it in a packed 3 x heads x
+    width). The batch is never baked.
     """
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -189,21 +205,28 @@ def _sink_sizes(graph: fx.Graph) -> None:
 
 def _drop_dead_sizes(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and not isinstance(node.meta.get("val"), torch.Tensor):
-            if isinstance(node.meta.get("val"), int | torch.SymInt):
-                graph.erase_node(node)
+        if (
+            node.op == "call_function"
+            and not node.users
+            and not isinstance(node.meta.get("val"), torch.Tensor)
+        ) and isinstance(node.meta.get("val"), int | torch.SymInt):
+            graph.erase_node(node)
     graph.eliminate_dead_code()
 
 
 def _unflatten_to_view(graph: fx.Graph, node: fx.Node) -> fx.Node:
     source, dim, sizes = node.args[:3]
-    assert isinstance(source, fx.Node) and isinstance(dim, int) and isinstance(sizes, list | tuple)
+    assert isinstance(source, fx.Node)
+    assert isinstance(dim, int)
+    assert isinstance(sizes, list | tuple)
     value, out = source.meta.get("val"), node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not isinstance(out, torch.Tensor):
         return node
     dim %= value.dim()
     with graph.inserting_before(node):
         axes = [_size_node(graph, node, source, i) for i in range(value.dim())]
+        if len(sizes) == 2 and sizes[0] == 3:
+            sizes = [3, -1]  # nn.MultiheadAttention's packed (q, k, v)
         size = [*axes[:dim], *sizes, *axes[dim + 1 :]]
         # unflatten works on any strides, as reshape does; view does not
         fresh = graph.call_function(aten.reshape.default, (source, size))
@@ -261,9 +284,13 @@ def _expr(size: Any) -> Any:
 
 
 def _smaller(a: Sequence[Any], ai: list[int], b: Sequence[Any], bi: list[int]) -> bool:
-    """Whether the product of `a` has to grow to reach that of `b` (hints decide where symbols are involved)."""
-    hint = lambda s: s.node.hint if isinstance(s, torch.SymInt) else s  # noqa: E731
-    return math.prod((hint(a[x]) for x in ai), start=1) < math.prod((hint(b[x]) for x in bi), start=1)
+    """Whether the product of `a` has to grow to reach that of `b` (hints decide where symbols are
+    involved)."""
+    return math.prod(_hint(a[x]) for x in ai) < math.prod(_hint(b[x]) for x in bi)
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def _baked(size: Any) -> bool:
@@ -275,16 +302,17 @@ def _baked(size: Any) -> bool:
 
 
 def _view(graph: fx.Graph, node: fx.Node) -> None:
-    source, size = node.args[0], list(node.args[1])  # type: ignore[arg-type]
-    value, out = source.meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
-    if not isinstance(value, torch.Tensor) or not isinstance(out, torch.Tensor) or source.op == "get_attr":  # type: ignore[union-attr]
+    arguments: Any = node.args
+    source, size = arguments[0], list(arguments[1])
+    value, out = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not isinstance(out, torch.Tensor) or source.op == "get_attr":
         return
     before, after = list(value.shape), list(out.shape)
     if any(isinstance(s, int) and s == 0 for s in before):
         return
     with graph.inserting_before(node):
         for left, right in segments(before, after):
-            _segment(graph, node, source, before, after, left, right, size)  # type: ignore[arg-type]
+            _segment(graph, node, source, before, after, left, right, size)
     node.args = (source, size)
 
 
@@ -312,6 +340,8 @@ def _segment(
             size[wide[0]] = _size_node(graph, node, source, real[0])
         return
     target = derivable[0]
+    if len(wide) > 2 and target == wide[0] and after[target] in (2, 3) and len(derivable) > 1:
+        target = derivable[1]  # packed (q, k, v) or (k, v): their number stays, the heads follow
     total = _size_node(graph, node, source, real[0])
     value = before[real[0]]
     for axis in real[1:]:
@@ -332,8 +362,9 @@ def _segment(
 
 
 def _expand(node: fx.Node) -> None:
-    source, size = node.args[0], list(node.args[1])  # type: ignore[arg-type]
-    value = source.meta.get("val")  # type: ignore[union-attr]
+    arguments: Any = node.args
+    source, size = arguments[0], list(arguments[1])
+    value = source.meta.get("val")
     out = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not isinstance(out, torch.Tensor):
         return

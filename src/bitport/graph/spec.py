@@ -1,8 +1,10 @@
 """The laws of a graph, as code that runs after every stage.
 
-float:  every name is unique; no operator writes in place; every tensor named by the graph exists; the graph is in
+float:  every name is unique; no operator writes in place; every tensor named by the graph exists; the
+graph is in
         topological order; nothing but known node kinds.
-folded: the laws of float, and no batch normalisation directly follows a convolution or linear that only it uses.
+folded: the laws of float, and no batch normalisation directly follows a convolution or linear that only it
+uses.
 qdq:    the laws of float, and every dequantize reads a quantize or a constant, one dequantize per use.
 """
 
@@ -37,7 +39,9 @@ def _structure(graph: Graph) -> None:
         raise GraphError(f"law 'inputs match' broken: {count} placeholders for {len(graph.inputs)} inputs")
     for node in graph.gm.graph.nodes:
         if node.op == "call_method":
-            raise GraphError(f"{graph.name(node)}: law 'functions and modules only' broken: a call_method node")
+            raise GraphError(
+                f"{graph.name(node)}: law 'functions and modules only' broken: a call_method node"
+            )
 
 
 def _names(graph: Graph) -> None:
@@ -74,7 +78,9 @@ def _folded(graph: Graph) -> None:
             continue
         calls = [n for n in graph.nodes() if n.op == "call_module" and n.target == source.target]
         if graph.op(source).kind in ("conv", "linear", "conv_transpose") and len(calls) <= 1:
-            raise GraphError(f"{graph.name(node)}: law 'folded' broken: could be folded into {graph.name(source)}")
+            raise GraphError(
+                f"{graph.name(node)}: law 'folded' broken: could be folded into {graph.name(source)}"
+            )
 
 
 def _qdq(graph: Graph) -> None:
@@ -85,7 +91,9 @@ def _qdq(graph: Graph) -> None:
         if isinstance(source, fx.Node) and source.op == "call_function" and "quantize" not in op_name(source):
             raise GraphError(f"{graph.name(node)}: law 'pairs' broken: dequantizes {graph.name(source)}")
         if len(node.users) > 1:
-            raise GraphError(f"{graph.name(node)}: law 'one dequantize per use' broken: {len(node.users)} users")
+            raise GraphError(
+                f"{graph.name(node)}: law 'one dequantize per use' broken: {len(node.users)} users"
+            )
 
 
 _FLOAT: tuple[Law, ...] = (_structure, _names, _functional, _tensors)

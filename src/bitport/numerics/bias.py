@@ -3,7 +3,7 @@
     measured   b'_C = b_C + E[y_C] − E[ỹ_C]                 ỹ: output of the quantized layer
     analytic   b'_O = b_O − Σ_I… (w̃ − w)_OI… · E[x_I]       as E[ỹ] − E[y] = (w̃ − w) E[x]
 
-Source: Nagel et al. 2019, arXiv:1906.04721, section 4.2 and appendix B.
+Source: Nagel et al. 2019, arXiv:1906.04721, section 4.2.
 
 Legend: C = O output channels, I input channels, G groups, … kernel positions.
 """

@@ -46,7 +46,8 @@ def fold_batch_norm(
     """
     dtype = weight.dtype
     spread = var.detach().double() + eps
-    wrong = ~(spread > 0)
+    # In the statistics' own type, which is what the network itself computes.
+    wrong = ~(var.detach() + eps > 0)
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
         raise WeightsError(

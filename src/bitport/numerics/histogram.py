@@ -31,7 +31,7 @@ class Histogram:
     """Exact minimum, maximum and counts of a stream of tensors, and their distribution in at most 4096 bins.
 
     Cost of `update`: one pass for the extremes, and four light ones in cache (scale, truncate, sign, count).
-    On one core 4 M float32 elements take about 6 ms, as long as one `torch.relu` that allocates its result.
+    4 M float32 elements take 6 to 10 ms on one core, a tenth of the 3×3 convolution of 64 channels before them.
 
     A value far out costs resolution: one of 4096 times the others' size leaves all others in one or two bins.
 
@@ -165,6 +165,8 @@ def _extremes(values: Tensor) -> tuple[float, float]:
 def _layout(minimum: float, maximum: float) -> tuple[int, int, int]:
     """(k, index of the lowest bin, number of bins) for values from minimum to maximum."""
     low, high = min(minimum, 0.0), max(maximum, 0.0)
+    if low == high:
+        return _SMALLEST_EXPONENT, 0, 1
     exponent = max(_SMALLEST_EXPONENT, math.frexp(max(-low, high))[1] - 13)
     while True:
         last = int(math.ldexp(high, -exponent))

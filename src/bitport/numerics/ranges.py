@@ -151,7 +151,8 @@ def percentile(h: Histogram, fmt: Format, *, q: float = 99.99) -> tuple[float, f
         folded[: above.numel()] += above
         reach = max(-h.minimum, h.maximum)
         folded_edges = (torch.arange(sides + 1, dtype=torch.float64) * 2.0**h.exponent).clamp(max=reach)
-        bound = _quantile(folded_edges, folded, 1 - outside)
+        # Interpolation may end below the smallest magnitude where all values share the bin.
+        bound = max(_quantile(folded_edges, folded, 1 - outside), h.minimum, -h.maximum)
         return max(h.minimum, -bound), min(h.maximum, bound)
     if h.minimum >= 0:
         return h.minimum, max(h.minimum, _quantile(edges, counts, 1 - outside))
@@ -181,7 +182,8 @@ def mse(h: Histogram, fmt: Format) -> tuple[float, float]:
 def expected_error(h: Histogram, fmt: Format, minimum: float, maximum: float) -> float:
     """E[(x − dequantize(quantize(x)))²] of a histogram's values stored with a range; the measure of `mse`.
 
-    The values of a bin are taken as spread evenly over it.
+    The values of a bin are taken as spread evenly over it, exact zeros too: after a ReLU they add a constant
+    of up to (bin width)²/3.
     """
     low, high = torch.tensor([[minimum], [maximum]], dtype=torch.float64)
     total = float(_histogram_error(h.edges(), h.counts.double(), low, high, fmt))
@@ -240,48 +242,51 @@ def _mse_of_weights(w_CK: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 def _search(errors: _Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     """The ends [C] of the range with the smallest error per channel, by a grid search over shrink factors.
 
-    The exact extremes are multiplied by factors ≤ 1: first both by the same one, from a ladder 2^0, 2^-½ …
-    2^-10; then, unless the format is symmetric or all values have one sign, each end by its own; then the
-    grid is refined around the best in steps of 2^¼ to 2^1/32. An end at 0 stays there. Every range is
-    compared by `errors`, the exact extremes among them, and the best is kept.
+    The extremes, widened to include 0, are multiplied by factors ≤ 1 from a ladder: linear down to ½, then
+    2^-½ a step down to 2^-10. First both by the same one; then, unless the format is symmetric or the values
+    have one sign, each end by its own; then the grid is refined around the best in steps of 2^¼ to 2^1/128.
+    An end at 0 stays there. Every range is compared by `errors`, the full one among them, and the best is
+    kept; a channel's result depends on no other channel.
     """
-    ladder = [2.0 ** (-step / 2) for step in range(1, 21)]
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     reach = torch.maximum(-low, high)
+    everywhere = torch.ones_like(low, dtype=torch.bool)
+    two_ends = (low < 0) & (high > 0) & (not symmetric)
 
     def ends(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if symmetric:
             return low.maximum(-reach * b), high.minimum(reach * b)
         return low * a, high * b
 
-    best_a, best_b = torch.ones_like(low), torch.ones_like(high)
-    best = errors(low, high)
+    one = torch.ones_like(low)
+    best_a, best_b, best = one, one, errors(low, high)
 
-    def attempt(a: Tensor, b: Tensor) -> None:
+    def attempt(a: Tensor, b: Tensor, where: Tensor) -> None:
         nonlocal best_a, best_b, best
         a, b = a.clamp(max=1.0), b.clamp(max=1.0)
         found = errors(*ends(a, b))
-        better = found < best * _GAIN
+        better = (found < best * _GAIN) & where
         best_a, best_b = torch.where(better, a, best_a), torch.where(better, b, best_b)
         best = torch.where(better, found, best)
 
-    one = torch.ones_like(low)
-    both_ends = not symmetric and bool(((low < 0) & (high > 0)).any())
-    for factor in ladder:
-        attempt(one * factor, one * factor)
-    if both_ends:
-        for factor in (1.0, *ladder):
-            attempt(one * factor, best_b)
-        for factor in (1.0, *ladder):
-            attempt(best_a, one * factor)
-        for factor in (1.0, *ladder):
-            attempt(one * factor, best_b)
-    for octave in (1 / 4, 1 / 8, 1 / 16, 1 / 32):
+    octaves = [2.0 ** (-1 - step / 2) for step in range(1, 19)]
+    for factor in [1 - step / 64 for step in range(1, 33)] + octaves:
+        attempt(one * factor, one * factor, everywhere)
+    alone = [1 - step / 32 for step in range(17)] + octaves
+    if bool(two_ends.any()):
+        for factor in alone:
+            attempt(one * factor, best_b, two_ends)
+        for factor in alone:
+            attempt(best_a, one * factor, two_ends)
+        for factor in alone:
+            attempt(one * factor, best_b, two_ends)
+    for octave in (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128):
         step = 2.0**octave
-        moves = [(step, step), (1 / step, 1 / step)]
-        if both_ends:
-            moves += [(step, 1.0), (1 / step, 1.0), (1.0, step), (1.0, 1 / step)]
-        for move_a, move_b in moves:
-            attempt(best_a * move_a, best_b * move_b)
+        for factor in (step, 1 / step):
+            attempt(best_a * factor, best_b * factor, everywhere)
+            if bool(two_ends.any()):
+                attempt(best_a * factor, best_b, two_ends)
+                attempt(best_a, best_b * factor, two_ends)
     return ends(best_a, best_b)
 
 

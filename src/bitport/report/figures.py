@@ -17,7 +17,7 @@ from .summary import section, sqnr
 Record = Mapping[str, Any]
 Figure = dict[str, Any]
 
-MOST_LAYERS = 1500
+MOST_LAYERS = 1000
 """More operators are too many for one chart and for the 6 MB of the file: the worst ones are drawn."""
 
 
@@ -115,23 +115,26 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Figure | None:
     if not shown:
         return None
     x = [number for number, _ in shown]
-    text = [_hover(number, layer) for number, layer in shown]
     symbols = ["circle" if layer.get("kernel") else "diamond-open" for _, layer in shown]
-    common = {"type": "scatter", "x": x, "text": text, "hovertemplate": "%{text}<extra></extra>"}
     simulated = {
-        **common,
+        "type": "scatter",
         "name": "simulated",
         "mode": "lines",
+        "x": x,
         "y": [layer.get("sqnr_db") for _, layer in shown],
         "line": {"color": "var(--simulated)", "width": 5},
         "hoverinfo": "skip",
-        "hovertemplate": None,
     }
+    measured = any(layer.get("sqnr_runtime_db") is not None for _, layer in shown)
     runtime = {
-        **common,
-        "name": "on the runtime",
+        "type": "scatter",
+        # a target that only simulates has one line; it carries the hover texts then
+        "name": "on the runtime" if measured else "simulated",
         "mode": "lines+markers",
-        "y": [layer.get("sqnr_runtime_db") for _, layer in shown],
+        "x": x,
+        "y": [layer.get("sqnr_runtime_db" if measured else "sqnr_db") for _, layer in shown],
+        "text": [_hover(number, layer) for number, layer in shown],
+        "hovertemplate": "%{text}<extra></extra>",
         "line": {"color": "var(--runtime)", "width": 1.5},
         "marker": {"size": 9, "symbol": symbols, "color": "var(--runtime)", "line": {"width": 1.5}},
     }
@@ -140,16 +143,14 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Figure | None:
         "name": "furthest integer (steps)",
         "x": x,
         "y": [layer.get("steps_max") for _, layer in shown],
-        "text": text,
-        "textposition": "none",
-        "hovertemplate": "%{text}<extra></extra>",
+        "hovertemplate": "operator %{x}: %{y} steps<extra></extra>",
         "marker": {"color": "var(--bad)"},
         "yaxis": "y2",
     }
     most = max((layer.get("steps_max") or 0 for _, layer in shown), default=0)
     worst = min(shown, key=lambda item: _or_inf(sqnr(item[1])))
     return {
-        "data": [simulated, runtime, steps],
+        "data": [simulated, runtime, steps] if measured else [runtime],
         "layout": {
             "height": 460,
             "xaxis": {"title": {"text": "operator, in network order"}, "anchor": "y2", "tickformat": "d"},

@@ -106,7 +106,7 @@ def to_html(
         formats=_formats(plan),
         provenance=_provenance(record, manifest),
         files=section(manifest or {}, "files"),
-        recipe=recipe,
+        recipe=None if recipe is None else "\n".join(wording.plain(s, 400) for s in recipe.splitlines()),
         command=_command(record),
         why=lambda name, key=None: reason(record, name, key),
         figures=made,
@@ -247,8 +247,13 @@ def _flat(path: str, value: object) -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(f"{path}.{key}", inner)
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        for index, inner in enumerate(value):
+            yield from _flat(f"{path}[{index}]", inner)
     elif isinstance(value, list | tuple):
         yield path, ", ".join(wording.plain(item) for item in value)
+    elif isinstance(value, float):
+        yield path, f"{value:.6g}"
     elif value is not None:
         yield path, wording.plain(value)
 

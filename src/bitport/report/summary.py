@@ -53,12 +53,6 @@ def _task(record: Record) -> list[Row]:
     if task.get("drop") is None:
         return [Row("accuracy", change=reason(record, "task", "drop"))]
     binary = bool(task.get("binary"))
-    low, high = task["ci95"]
-    drop = f"{wording.change(task['drop'], binary)}{' points' if binary else ''} worse"
-    if task["drop"] < 0:
-        drop = f"{wording.change(-task['drop'], binary)}{' points' if binary else ''} better"
-    if not float(f"{task['drop'] * (100 if binary else 1):.3g}"):
-        drop = "no change"
     direction = "" if task.get("higher_is_better", True) else " (lower is better)"
     return [
         Row(
@@ -66,9 +60,20 @@ def _task(record: Record) -> list[Row]:
             wording.score(task.get("float"), binary),
             wording.score(task.get("simulated"), binary),
             wording.score(task.get("runtime"), binary),
-            f"{drop}; 95 % interval {wording.change(low, binary)} to {wording.change(high, binary)}",
+            f"{_loss(task['drop'], binary, 'points ' if binary else '')} "
+            f"(95 %: {_between(task['ci95'], binary)})",
         )
     ]
+
+
+def _loss(value: float, binary: bool, unit: str = "") -> str:
+    """A loss in words, because nobody knows which way the sign of a drop points."""
+    text = wording.change(abs(value), binary)
+    return f"{text} {unit}{'worse' if value > 0 else 'better'}" if float(text) else "no change"
+
+
+def _between(ci95: Sequence[float], binary: bool) -> str:
+    return f"between {_loss(ci95[0], binary)} and {_loss(ci95[1], binary)}"
 
 
 def _size(record: Record) -> list[Row]:

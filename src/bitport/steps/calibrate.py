@@ -42,7 +42,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
             torch.tensor(minimum, dtype=torch.float64), torch.tensor(maximum, dtype=torch.float64), tie.format
         )
         changed[name] = replace(tie, scale=scale, zero_point=zero_point)
-    plan = _room_for_biases(graph, plan.with_ties(changed), context)
+    plan = _room_for_biases(graph, settle(plan.with_ties(changed)), context)
     return graph, settle(plan)
 
 

@@ -267,8 +267,9 @@ def _evaluate(text: str, known: Mapping[str, int]) -> int:
 def sparsity(graph: Graph) -> float:
     """Share of exact zeros, 0–1, in the weights of operators that multiply and of embeddings; a tensor used
     twice counts once. 0.0 for a network without weights."""
+    # by identity, because a tied weight has several names
     weights = {
-        operand.tensor: graph.tensor(operand.tensor)
+        id(weight := graph.tensor(operand.tensor)): weight
         for node in graph.nodes()
         if (op := graph.op(node)).kind in _MACS or op.kind == "embedding"
         for operand in op.operands

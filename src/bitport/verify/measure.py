@@ -142,7 +142,7 @@ def _run_task(
         record["parity"], record["parity_reason"] = None, "nothing is quantized"
     else:
         record["parity"] = parity.record()
-        records.absent(record["parity"], "top1_agreement", "the network has no class scores")
+        _absent(record["parity"], "top1_agreement", "the network has no class scores")
         if compared:
             record["parity"]["top1_agreement"] = agreed / compared
             record["parity"].pop("top1_agreement_reason")
@@ -203,12 +203,16 @@ def _layers(subject: Subject, errors: Mapping[str, LayerError], macs: Mapping[st
         }
         if error is None:
             for key in ("sqnr_db", "sqnr_runtime_db", "steps_max", "exact_share"):
-                records.absent(row, key, todo.reason or "its result is not quantized")
+                _absent(row, key, todo.reason or "its result is not quantized")
         else:
             row["sqnr_db"], row["sqnr_runtime_db"] = _finite(error.simulated.sqnr_db), _finite(error.runtime.sqnr_db)
             row["steps_max"], row["exact_share"] = error.local.worst, error.local.exact_share
         rows.append(row)
     return rows
+
+
+def _absent(section: dict[str, Any], key: str, reason: str) -> None:
+    section[key], section[f"{key}_reason"] = None, reason
 
 
 def _finite(value: float) -> float | None:
@@ -274,5 +278,5 @@ def _run_memory(subject: Subject) -> dict[str, Any]:
         try:
             found[key] = cost.run_memory(_SETUP, _RUN, arguments)
         except TargetError as error:
-            records.absent(found, key, str(error))
+            _absent(found, key, str(error))
     return found

@@ -92,8 +92,8 @@ class TaskAccumulator:
 
         Returns: `metric`, `higher_is_better`, `binary` (each sample is right or wrong: values are shares),
             `float`, `simulated`, `runtime` (values), `drop` (> 0: worse) with `ci95`, `verdict` (`holds`,
-            `fails`, `undecided`, or None with `verdict_reason`), `samples`, `samples_needed` (that would decide,
-            else None), `max_drop`, `labels` (whether the data had some).
+            `fails`, `undecided`, or None with `verdict_reason`), `samples`, `samples_needed` (how many would
+            decide, else None), `max_drop`, `labels` (whether the data had some).
 
         Raises:
             DataError: there was no sample.

@@ -109,6 +109,15 @@ def cat(call: Call) -> Tensor:
     return torch.cat(parts, call.attrs["dim"])
 
 
+def where(call: Call) -> Tensor:
+    """QLinearWhere: both sides as in QLinearConcat. operands: (condition: bool tensor, x, y), broadcast."""
+    condition, out = call.operands[0], _out(call)
+    if not isinstance(condition, Tensor):
+        raise TargetError("where: the condition must be a bool tensor, not a quantized one")
+    first, second = (_requantized(_quantized(call, slot), out) for slot in (1, 2))
+    return torch.where(condition.bool(), first, second)
+
+
 def global_avg_pool(call: Call) -> Tensor:
     """QLinearGlobalAveragePool: `clip(rne(Σ(x − z_x)·(s_x/(s_y·n))) + z_y)`.
 
@@ -226,6 +235,7 @@ KERNELS: dict[str, Callable[[Call], Tensor]] = {
     "add": add,
     "mul": mul,
     "cat": cat,
+    "where": where,
     "global_avg_pool": global_avg_pool,
     "avg_pool": avg_pool,
     "max_pool": max_pool,

@@ -172,6 +172,17 @@ def layer_norm(attrs: Attrs, x: Tensor, weight: Tensor | None = None, bias: Tens
     return fma(deviation * inverse, gain, shift).reshape(x.shape)
 
 
+def rms_norm(attrs: Attrs, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """`x·(1/√(mean(x·x) + eps))·weight`, operator by operator as PyTorch exports it.
+
+    attrs: normalized_shape, eps. weight: [*normalized_shape].
+    """
+    dims = list(range(-len(attrs["normalized_shape"]), 0))
+    eps = torch.finfo(torch.float32).eps if attrs.get("eps") is None else attrs["eps"]
+    scaled = x * (1 / _root(mean({"dim": dims, "keepdim": True}, x * x) + _f32(eps)))
+    return scaled if weight is None else scaled * weight
+
+
 def mean(attrs: Attrs, x: Tensor) -> Tensor:
     """ReduceMean: a float32 sum divided by the count. attrs: dim (int, sequence or None for all), keepdim.
 
@@ -212,6 +223,7 @@ FLOAT_OPS: dict[str, Callable[..., Tensor]] = {
     "hardswish": hardswish,
     "softmax": softmax,
     "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
     "mean": mean,
 }
 """Float operators whose torch kernels give other bits than ONNX Runtime's, by kind."""

@@ -1,0 +1,359 @@
+"""The Python interface: load → compress → verify → report."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import artifact as artifacts
+from . import metrics, registry, store
+from . import report as _report
+from .artifact import Artifact, make_target
+from .data import Batch, Source, open_data
+from .errors import BitportError, DataError, GateFailed, LoadError, RecipeError
+from .frontends import pytorch
+from .graph import Graph
+from .metrics import Metric
+from .plan import Plan, decide
+from .plan.constants import on_grid
+from .progress import NullProgress, Progress
+from .recipe import Recipe
+from .records import Measurement
+from .steps import _base as steps
+from .steps.quantize import ACTIVATIONS, WEIGHTS
+from .targets._base import Target, has_integer_dot_product, host
+from .verify import cost
+from .verify.measure import Subject, measure
+
+__all__ = ["compress", "inspect", "load", "report", "targets", "verify"]
+
+SPEED_SHARE = 0.5  # an integer share of MACs below this seldom makes a network faster
+
+
+def load(
+    model: nn.Module | str | Path, example_inputs: Any = None, *, dynamic_shapes: Any = "batch", device: str = "cpu"
+) -> Graph:
+    """Bring a network into bitport.
+
+    Args:
+        model: an `nn.Module` (with `example_inputs`), a `.pt2` file, or an artifact folder (its original network).
+        example_inputs: a tensor, a tuple, or a dict of keyword arguments.
+        dynamic_shapes: "batch" (axis 0 of every input), or what `torch.export.export` takes.
+        device: where the graph lives.
+
+    Raises:
+        LoadError: it can't be read or captured; UnsafeFile when reading it would execute code.
+        WeightsError: parameters hold NaN or infinite values.
+    """
+    if isinstance(model, nn.Module):
+        if example_inputs is None:
+            raise LoadError("an nn.Module needs example_inputs: a tensor, a tuple, or a dict of keyword arguments")
+        return pytorch.load_module(model, example_inputs, dynamic_shapes, device)
+    if not isinstance(model, str | Path):
+        raise LoadError(f"a {type(model).__name__} can't be loaded: give an nn.Module or the path of a file")
+    path = Path(model)
+    if not path.exists():
+        raise LoadError(f"{path} doesn't exist: give a .pt2 file, an artifact folder, or module:callable")
+    if path.is_dir():
+        return Artifact.load(path).original
+    if path.suffix == ".pt2":
+        return pytorch.load_pt2(path, device)
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise LoadError(
+            f"{path.name} holds pickled objects, which could run code: save the network with "
+            "torch.export.save(torch.export.export(model, example_inputs), 'model.pt2')"
+        )
+    raise LoadError(f"{path.name}: no front end reads {path.suffix or 'such'} files; .pt2 files and artifact folders are")
+
+
+def compress(
+    graph: Graph,
+    recipe: str | Path | Recipe,
+    *,
+    target: str,
+    data: Any,
+    train: Any = None,
+    evaluation: Any = None,
+    metric: str | Metric | None = None,
+    max_drop: float | None = None,
+    out: str | Path,
+    teacher: Graph | None = None,
+    effort: str | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compress a network for a runtime, run it there, and publish the artifact with its proof.
+
+    Args:
+        graph: from `load`; never modified.
+        recipe: a preset's name, a `Recipe`, or the path of a `.toml` file.
+        target: the runtime's name (`bitport list targets`).
+        data: calibration batches; labels are ignored.
+        train, teacher: for steps that train.
+        evaluation: batches that judge the result; without them the calibration data is used, without labels.
+        metric: name or `Metric`; default: top1 with integer labels, agreement with the float network without.
+        max_drop: the largest loss allowed, in the metric's unit; None: measured, not judged.
+        out: the artifact folder: replaced whole, or left as it was.
+        effort: "fast", "balanced" or "best": the steps that the recipe is expanded with.
+        device: where calibration and training run.
+        seed: of every random choice. The caller's own random state is untouched.
+        progress: listens to long work.
+
+    Raises:
+        GateFailed: a gate failed or is undecided; the result lies in `<out>.rejected/` with its report.
+        BitportError: anything else that is wrong; `out` is as it was.
+    """
+    started = time.perf_counter()
+    progress = progress or NullProgress()
+    explicit = Recipe.of(recipe).expand(effort)
+    runtime = make_target(target, dict(explicit.target))
+    calibration = _source(data, graph, explicit, "calibration", "ignored")
+    judged = _source(evaluation, graph, explicit, "evaluation", "optional") if evaluation is not None else calibration
+    if train is not None or teacher is not None:
+        raise RecipeError("train= and teacher= need a step that trains, and this recipe has none: leave them out")
+    if max_drop is not None and not max_drop >= 0:
+        raise RecipeError(f"max_drop = {max_drop}: give a number from 0 on, in the metric's unit")
+    with store.Workspace(out) as workspace, torch.random.fork_rng(devices=[]):
+        first = _first(judged)
+        chosen = metrics.get(metric, first.labels is not None, first.labels)
+        context = steps.Context(
+            rules=runtime.rules(),
+            arithmetic=runtime.arithmetic(),
+            calibration=calibration,
+            reference=graph,
+            overrides=explicit.overrides,
+            device=torch.device(device or "cpu"),
+            seed=seed,
+            progress=progress,
+            notes=list(graph.notes),
+        )
+        with cost.peak_memory() as peak:
+            work, plan, taken = _run_steps(graph, explicit, runtime, context)
+            on_grid(work, plan)
+            artifacts.write(workspace.path, work, graph, plan, explicit, runtime)
+        subject = Subject(workspace.path, _reference(graph, work), work, plan, runtime)
+        artifacts.write_sample(workspace.path, work, tuple(first.inputs), runtime.open(workspace.path))
+        record = measure(subject, judged, chosen, max_drop, progress)
+        record["recipe"], record["seed"] = explicit.name, seed
+        record["notes"] = [*context.notes, *_data_notes(calibration, judged, evaluation is not None), *record["notes"]]
+        record["seconds"] = {"total": time.perf_counter() - started, "steps": taken, **record["seconds"]}
+        if record.get("memory") is not None:
+            record["memory"] |= {"compress_peak_bytes": peak.bytes}
+        Measurement(record).save(workspace.path / artifacts.MEASUREMENTS)
+        facts = {
+            "target": runtime.name,
+            "target_options": runtime.options,
+            "recipe": explicit.name,
+            "seed": seed,
+            "model_digest": graph.digest(),
+            "data_digest": calibration.digest(),
+            **artifacts.signature(work),
+        }
+        artifacts.write_manifest(workspace.path, facts)
+        _report.render(workspace.path)
+        artifacts.write_manifest(workspace.path, facts)
+        if record["verdict"]["passed"]:
+            return Artifact(workspace.publish())
+        rejected = workspace.publish_as(workspace.out.with_name(workspace.out.name + ".rejected"))
+    raise GateFailed(f"{record['verdict']['sentence']} The result is in {rejected}", record, rejected)
+
+
+def verify(
+    folder: str | Path,
+    data: Any = None,
+    metric: str | Metric | None = None,
+    target: str | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Run an artifact again on this machine and measure it against its float network. The folder isn't changed.
+
+    Args:
+        folder: the artifact.
+        data: evaluation batches or a path; default: the artifact's golden inputs, judged by agreement.
+        metric: default as in `compress`.
+        target: run the same plan on another runtime.
+
+    Raises:
+        Tampered: files of the folder changed since it was published.
+        TargetError: the runtime fails, or gives other outputs than the golden ones.
+    """
+    opened = Artifact.load(folder)
+    subject = opened.subject()
+    if data is None:
+        data = [Batch(artifacts.read_sample(opened.path, subject.graph))]
+    judged = _source(data, subject.graph, opened.recipe, "evaluation", "optional")
+    first = _first(judged)
+    chosen = metrics.get(metric, first.labels is not None, first.labels)
+    listener = progress or NullProgress()
+    if target is None or target == opened.target.name:
+        record = measure(subject, judged, chosen, None, listener)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            record = measure(_moved(opened, subject, target, Path(scratch)), judged, chosen, None, listener)
+    record["recipe"], record["seed"] = opened.recipe.name, opened.manifest["seed"]
+    return Measurement(record)
+
+
+def report(folder: str | Path) -> Path:
+    """Render `report.html` of an artifact from its records; returns its path."""
+    path = _report.render(Path(folder))
+    artifacts.refresh_report(Path(folder))
+    return path
+
+
+def targets() -> dict[str, dict[str, Any]]:
+    """Known targets: name → `summary`, `available`, and what it `needs` when it isn't."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in registry.names("targets"):
+        try:
+            target = registry.get("targets", name).TARGET
+            found[name] = {"summary": target.summary, "available": True}
+        except (BitportError, ImportError) as error:
+            found[name] = {"summary": registry.summary("targets", name), "available": False, "needs": str(error)}
+    return found
+
+
+def inspect(graph: Graph, target: str | None = None) -> dict[str, Any]:
+    """Layers, parameters and MACs; with a target, what it would run in integers and the speed to expect.
+
+    Nothing is calibrated or exported: the forecast reads the target's rules.
+    """
+    macs = cost.macs(graph)
+    if target is None:
+        layers = [_layer(graph, name, macs) for name in map(graph.name, graph.nodes()) if _worth(graph, name, macs)]
+        return {"layers": layers, "totals": _totals(graph, macs), "notes": list(graph.notes), "host": host()}
+    runtime = make_target(target)
+    work = graph.clone()
+    registry.get("steps", "fold").simplify(work)
+    plan = decide(work, runtime.rules(), weights=WEIGHTS, activations=ACTIVATIONS)
+    macs = cost.macs(work)
+    layers = [_layer(work, name, macs, plan) for name in map(work.name, work.nodes()) if _worth(work, name, macs)]
+    totals = _totals(work, macs)
+    share = sum(macs[name] for name in macs if plan.node(name).kernel) / max(1, sum(macs.values()))
+    return {
+        "target": target,
+        "layers": layers,
+        "totals": {**totals, "mac_share": share},
+        "speed": _forecast(work, plan, macs, share, runtime),
+        "notes": list(graph.notes),
+        "host": host(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _source(data: Any, graph: Graph, recipe: Recipe, role: str, labels: str) -> Source:
+    names = [spec.name for spec in graph.inputs]
+    if isinstance(data, str | Path):
+        data = open_data(data, names=names, preprocessing=recipe.preprocessing)
+    return Source(data, role=role, names=names, labels=labels, specs=graph.inputs)
+
+
+def _first(source: Source) -> Batch:
+    try:
+        return next(iter(source))
+    except StopIteration:
+        raise DataError(f"the {source.role} data is empty: give at least one batch") from None
+
+
+def _run_steps(
+    graph: Graph, recipe: Recipe, runtime: Target, context: steps.Context
+) -> tuple[Graph, Plan, dict[str, float]]:
+    work, plan = graph.clone(), Plan.empty(runtime.name)
+    work.gm.eval()
+    taken: dict[str, float] = {}
+    for index, spec in enumerate(recipe.steps):
+        started = time.perf_counter()
+        with context.progress.task(spec.use):
+            work, plan = steps.make(spec.use, spec.options)(work, plan, context)
+        taken[f"{index} {spec.use}"] = time.perf_counter() - started
+    return work, plan, taken
+
+
+def _reference(graph: Graph, work: Graph) -> Graph:
+    """The float network in the form of the compressed one: folded alike, its own weights."""
+    if work.stage == graph.stage:
+        return graph
+    reference = graph.clone()
+    reference.gm.eval()
+    registry.get("steps", "fold").simplify(reference)
+    return reference
+
+
+def _moved(opened: Artifact, subject: Subject, target: str, scratch: Path) -> Subject:
+    other = make_target(target)
+    artifacts.write(scratch, subject.graph, opened.original, subject.plan, opened.recipe, other)
+    return Subject(scratch, subject.reference, subject.graph, subject.plan, other)
+
+
+def _data_notes(calibration: Source, judged: Source, has_evaluation: bool) -> list[str]:
+    notes = []
+    if not has_evaluation:
+        notes.append("judged on the calibration data (no evaluation data was given): the real loss may be larger")
+    elif (shared := calibration.overlap(judged)) > 0:
+        notes.append(f"{shared} samples of the calibration data are in the evaluation data too")
+    if calibration.dropped:
+        notes.append(f"{calibration.dropped} calibration batches held NaN and were left out")
+    return notes
+
+
+def _worth(graph: Graph, name: str, macs: Mapping[str, int]) -> bool:
+    from .verify.integer import SILENT
+
+    return name in macs or graph.op(graph.node(name)).kind not in SILENT
+
+
+def _layer(graph: Graph, name: str, macs: Mapping[str, int], plan: Plan | None = None) -> dict[str, Any]:
+    node = graph.node(name)
+    op = graph.op(node)
+    parameters = sum(graph.tensor(o.tensor).numel() for o in op.operands if o is not None and o.tensor is not None)
+    row: dict[str, Any] = {
+        "name": name,
+        "op": op.kind,
+        "shape": list(graph.shape(node) or ()),
+        "parameters": parameters,
+        "macs": macs.get(name, 0),
+    }
+    if plan is not None:
+        todo = plan.node(name)
+        fused = todo.absorbed_by
+        row["kernel"] = todo.kernel or (f"fused into {fused}" if fused else None)
+        row["integer"] = bool(todo.kernel or fused)
+        row["reason"] = todo.reason
+    return row
+
+
+def _totals(graph: Graph, macs: Mapping[str, int]) -> dict[str, Any]:
+    parameters = list(graph.gm.parameters())
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "macs": sum(macs.values()),
+    }
+
+
+def _forecast(graph: Graph, plan: Plan, macs: Mapping[str, int], share: float, runtime: Target) -> str:
+    if not runtime.executes_integers:
+        return "none: it is a simulation"
+    if not has_integer_dot_product():
+        return "little: this CPU has no 8-bit dot product (VNNI), so int8 gains mainly size"
+    if share < SPEED_SHARE:
+        return f"little or none: only {share:.0%} of the MACs would run in integers"
+    depthwise = sum(
+        count for name, count in macs.items()
+        if graph.op(graph.node(name)).attrs.get("groups", 1) > 1
+    )  # fmt: skip
+    if depthwise > 0.1 * max(1, sum(macs.values())):
+        return "uncertain: depthwise convolutions are seldom faster in int8; measure it"
+    if sum(macs.values()) < 1_000_000:
+        return "uncertain: the network is so small that overheads decide; measure it"
+    return f"up to about 3 times ({share:.0%} of the MACs in integers, VNNI present)"

@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+from tests import fixtures_measurements as fixtures
+
+from bitport.errors import ArtifactError
+from bitport.report import render
+from bitport.report.figures import drawn, figures
+from bitport.report.page import to_html
+from bitport.report.summary import comparison, worst_layers
+
+HOSTILE = "<script>alert(1)</script>\x1b[31m'\"&amp;</script>{{7*7}}"
+BASE = fixtures.record()
+
+
+class Page(HTMLParser):
+    """Elements of a page: ids, links, sources, headings, visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self._silent = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._silent += tag in ("script", "style")
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(str(value))
+            if name in ("href", "src", "srcset", "action", "poster", "data"):
+                self.links.append(str(value))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._silent -= tag in ("script", "style")
+
+    def handle_data(self, data: str) -> None:
+        if not self._silent:
+            self.text += data
+
+
+def page(**changes: Any) -> Page:
+    return Page(to_html(fixtures.record(**changes)))
+
+
+def test_render_writes_one_self_contained_file(tmp_path: Path) -> None:
+    path = render(fixtures.write(tmp_path / "a"))
+    assert path == tmp_path / "a" / "report.html"
+    text = path.read_text(encoding="utf-8")
+    assert path.stat().st_size <= 6_000_000
+    found = Page(text)
+    assert [link for link in found.links if not link.startswith(("#", "data:"))] == []
+    assert "default-src 'none'" in text
+    assert text.count("Plotly.react") >= 1
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "manifest.json",
+        "measurements.json",
+        "plan.json",
+        "recipe.toml",
+        "report.html",
+    ]
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (render(fixtures.write(tmp_path / name)).read_bytes() for name in ("a", "b"))
+    assert first == second
+    assert str(tmp_path).encode() not in first
+
+
+def test_structure_for_keyboards_and_screen_readers() -> None:
+    found = page()
+    assert len(set(found.ids)) == len(found.ids)
+    anchors = {link[1:] for link in found.links if link.startswith("#")}
+    assert anchors <= set(found.ids)
+    assert {"main", "nav", "header"} <= set(found.tags)
+    levels = [int(tag[1]) for tag in found.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(later - earlier <= 1 for earlier, later in itertools.pairwise(levels))
+
+
+def test_the_verdict_comes_first_and_everything_is_there() -> None:
+    text = page().text
+    sentence = BASE["verdict"]["sentence"]
+    assert sentence in text
+    assert text.index(sentence) < text.index("Before and after")
+    for words in (
+        "98.89 %",
+        "98.78 %",
+        "2.62 ms",
+        "1.14 ms",
+        "100 %",
+        "99.996 %",
+        "48,212,992",
+        "se.gelu",
+        "no integer kernel for Gelu",
+        "QLinearConv",
+        "layer4.add",
+        "27.7 dB",
+        "model.digest",
+        "5f" * 32,
+        "bitport compress MODEL --target onnxruntime --recipe recipe.toml --data DATA "
+        "--eval EVAL --metric top1 --max-drop 0.005 --out OUT",
+        "all others are fixed by the example",
+    ):
+        assert words in text, words
+
+
+def test_plan_manifest_and_recipe_are_shown() -> None:
+    text = Page(
+        to_html(BASE, plan=fixtures.plan(), manifest=fixtures.manifest(), recipe=fixtures.RECIPE)
+    ).text
+    assert "int8 symmetric channel(0)" in text
+    assert "data.evaluation" in text
+    assert "e5" * 32 in text
+    assert "a1" * 32 in text
+    assert 'granularity = "channel"' in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"verdict": "fails", "drop": 0.031, "ci95": [0.024, 0.038]}, ["✗ rejected", "loses 3.10 points"]),
+        (
+            {"verdict": "undecided", "drop": 0.004, "ci95": [-0.001, 0.013], "samples_needed": 3512},
+            ["? undecided", "about 4,000 samples would decide"],
+        ),
+        (
+            {"verdict": None, "verdict_reason": "no max_drop was given"},
+            ["no limit was set", "no max_drop was given"],
+        ),
+    ],
+)
+def test_bad_news_is_said_plainly(changes: dict[str, Any], words: list[str]) -> None:
+    text = page(verdict=None, task={**BASE["task"], **changes}).text
+    for word in words:
+        assert word in text
+
+
+def test_not_faster_is_said() -> None:
+    slow = {**BASE["latency"], "speedup": 0.97, "ci95": [0.93, 1.01], "verdict": "not faster"}
+    text = page(verdict=None, latency=slow).text
+    assert "not faster than float (0.97× its speed)" in text
+    assert "Not faster:" in text
+
+
+SECTIONS = ("task", "parity", "integer", "latency", "size", "layers")
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_missing_section_shows_its_reason(name: str) -> None:
+    found = page(verdict=None, **{name: None, f"{name}_reason": f"the reason of {name} was XYZ"})
+    assert f"the reason of {name} was XYZ" in found.text
+
+
+def test_nothing_at_all_still_makes_a_page() -> None:
+    found = Page(to_html({"schema": 1}))
+    assert "not measured" in found.text
+    assert "script" not in found.tags
+
+
+def test_hostile_names_are_only_text(tmp_path: Path) -> None:
+    layers = [{**layer, "name": HOSTILE + layer["name"], "op": HOSTILE} for layer in fixtures.layers()]
+    hostile = {
+        "layers": layers,
+        "target": HOSTILE,
+        "recipe": HOSTILE,
+        "model": {"name": HOSTILE},
+        "notes": [HOSTILE],
+        "host": {HOSTILE: HOSTILE},
+        "integer": {
+            **BASE["integer"],
+            "float_ops": [{"name": HOSTILE, "op": HOSTILE, "reason": HOSTILE, "macs": 0}],
+            "kernels": {HOSTILE: 1},
+        },
+        "task": {**BASE["task"], "metric": HOSTILE, "verdict": "undecided"},
+        "verdict": None,
+    }
+    before, after = to_html(BASE), to_html(fixtures.record(**hostile), recipe=HOSTILE)
+    assert Page(after).tags.count("script") == Page(before).tags.count("script")
+    assert "\x1b" not in after
+    assert "alert(1)" in Page(after).text
+    assert "{{7*7}}" in Page(after).text
+    embedded = re.search(r'<script type="application/json" id="figures">(.*?)</script>', after, re.DOTALL)
+    assert embedded is not None
+    hover = json.loads(embedded[1])["chart-layers"]["data"][1]["text"][0]
+    assert "<script>" not in hover
+    assert "&lt;script&gt;" in hover
+
+
+def test_a_huge_network_stays_within_six_megabytes(tmp_path: Path) -> None:
+    layers = [
+        {**layer, "name": f"{'very_long_module_name.' * 9}{i}", "sqnr_runtime_db": 20 + (i % 977) / 50}
+        for i, layer in enumerate(fixtures.layers(1300))
+    ]
+    assert len(layers) > 3500
+    path = render(fixtures.write(tmp_path, layers=layers))
+    assert path.stat().st_size <= 6_000_000
+    assert f"{len(layers):,}" in path.read_text(encoding="utf-8")
+
+
+def test_of_too_many_layers_the_worst_are_drawn_in_order() -> None:
+    layers = [{"name": str(i), "sqnr_runtime_db": float((i * 7) % 10)} for i in range(10)]
+    shown = drawn(layers, 4)
+    assert [number for number, _ in shown] == sorted(number for number, _ in shown)
+    assert {layer["sqnr_runtime_db"] for _, layer in shown} == {0.0, 1.0, 2.0, 3.0}
+    assert [number for number, _ in drawn(layers, 10)] == list(range(1, 11))
+
+
+def test_figures_are_what_plotly_knows_and_show_the_numbers() -> None:
+    made = figures(BASE)
+    assert set(made) == {"chart-accuracy", "chart-layers", "chart-latency", "chart-sizes"}
+    for figure in made.values():
+        go.Figure(figure)  # refuses unknown properties and values
+    rows = BASE["layers"]
+    simulated, runtime, steps = made["chart-layers"]["data"]
+    assert simulated["y"] == [row["sqnr_db"] for row in rows]
+    assert runtime["y"] == [row["sqnr_runtime_db"] for row in rows]
+    assert steps["y"] == [row["steps_max"] for row in rows]
+    assert runtime["x"] == list(range(1, len(rows) + 1))
+    assert [
+        rows[i]["name"] for i, symbol in enumerate(runtime["marker"]["symbol"]) if symbol != "circle"
+    ] == ["se.gelu"]
+    error = made["chart-accuracy"]["data"][0]
+    assert error["x"][0] + error["error_x"]["array"][0] == pytest.approx(100 * BASE["task"]["ci95"][1])
+    assert error["x"][0] - error["error_x"]["arrayminus"][0] == pytest.approx(100 * BASE["task"]["ci95"][0])
+    assert made["chart-latency"]["data"][1]["x"] == BASE["latency"]["samples_ms"]["float"]
+    assert sum(made["chart-sizes"]["data"][0]["y"]) == sum(row["float_bytes"] for row in rows)
+
+
+def test_a_target_that_only_simulates_has_one_line() -> None:
+    layers = [{**row, "sqnr_runtime_db": None, "steps_max": None} for row in BASE["layers"]]
+    only = figures(fixtures.record(layers=layers))["chart-layers"]["data"]
+    assert [trace["name"] for trace in only] == ["simulated"]
+    assert only[0]["y"] == [row["sqnr_db"] for row in layers]
+    assert "layer4.add" in only[0]["text"][12]
+
+
+def test_rows_and_worst_layers() -> None:
+    rows = {row.label: row for row in comparison(BASE)}
+    assert rows["top-1"].change == "0.11 points worse (95 %: between 0.08 better and 0.40 worse)"
+    assert rows["file"].runtime == "724 kB"
+    assert [layer["name"] for layer in worst_layers(BASE, 2)] == ["layer4.add", "layer4.conv1"]
+    better = fixtures.record(task={**BASE["task"], "drop": -0.002})
+    assert "0.20 points better" in comparison(better)[0].change
+    same = fixtures.record(task={**BASE["task"], "drop": 0.0})
+    assert comparison(same)[0].change.startswith("no change")
+
+
+def test_without_measurements_there_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"measurements\.json"):
+        render(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fixtures.write(tmp_path / "a")
+    (folder / "report.html").write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ArtifactError, match="No space left"):
+        render(folder)
+    assert (folder / "report.html").read_text() == "old"
+    assert not list(folder.glob(".report*"))
+
+
+# ------------------------------------------------------------------------------------------- in a browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FRAME = """<!doctype html><iframe id="f" src="{url}" style="border:0;width:{width}px;height:3000px"></iframe>
+<script>onload = () => setTimeout(() => {{
+  const d = document.getElementById("f").contentDocument, e = d.documentElement;
+  const seen = [...d.querySelectorAll("section")].filter((s) => s.getBoundingClientRect().height > 40);
+  document.body.innerHTML = "<pre>" + JSON.stringify({{
+    overflow: e.scrollWidth - e.clientWidth, charts: e.dataset.charts,
+    drawn: d.querySelectorAll(".chart .main-svg .trace").length, sections: seen.map((s) => s.id),
+    figures: [...d.querySelectorAll(".chart")].map((c) => c.querySelectorAll("svg.main-svg").length > 0),
+  }}) + "</pre>";
+}}, 1500);</script>"""
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[[Path, int], tuple[dict[str, Any], str]]:
+    """Open a page in a frame of a width; returns (what it found, the browser's log)."""
+    if CHROMIUM is None:
+        if os.environ.get("CI"):
+            pytest.fail("Chromium is not installed: the report can't be checked in a browser")
+        pytest.skip("Chromium is not installed")
+    browser = CHROMIUM
+
+    def run(path: Path, width: int) -> tuple[dict[str, Any], str]:
+        frame = tmp_path / f"frame{width}.html"
+        frame.write_text(FRAME.format(url=path.as_uri(), width=width), encoding="utf-8")
+        flags = (
+            "--headless --no-sandbox --disable-gpu --disable-background-networking --enable-logging=stderr"
+        )
+        flags += (
+            " --allow-file-access-from-files --virtual-time-budget=20000 --window-size=1300,1000 --dump-dom"
+        )
+        done = subprocess.run(
+            [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", frame.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        found = re.search(r"<pre>(\{.*?\})</pre>", done.stdout, re.DOTALL)
+        assert found is not None, done.stdout[:500] + done.stderr[-2000:]
+        parsed: dict[str, Any] = json.loads(found[1])
+        return parsed, done.stderr
+
+    return run
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1200])
+def test_it_draws_without_an_error(
+    tmp_path: Path, width: int, browse: Callable[[Path, int], tuple[dict[str, Any], str]]
+) -> None:
+    found, log = browse(render(fixtures.write(tmp_path / "a")), width)
+    assert found["charts"] == "drawn"
+    assert found["figures"] == [True] * 4
+    assert found["drawn"] >= 7
+    assert found["sections"] == [
+        "comparison",
+        "accuracy",
+        "layers",
+        "parity",
+        "latency",
+        "sizes",
+        "integers",
+        "notes",
+        "origin",
+    ]
+    assert found["overflow"] <= 0
+    assert "CONSOLE" not in log
