@@ -1,11 +1,11 @@
 """bitport: a trained float network in, a small and fast integer network for a named runtime out, with the proof.
 
-    import bitport
+import bitport
 
-    graph = bitport.load(model, example_inputs)
-    artifact = bitport.compress(graph, "int8", target="onnxruntime", data=calibration, evaluation=test,
-                                max_drop=0.01, out="out/")
-    artifact.predict(inputs)
+graph = bitport.load(model, example_inputs)
+artifact = bitport.compress(graph, "int8", target="onnxruntime", data=calibration, evaluation=test,
+                            max_drop=0.01, out="out/")
+artifact.predict(inputs)
 """
 
 from __future__ import annotations

@@ -13,23 +13,23 @@ from torch import nn
 
 from . import artifact as artifacts
 from . import metrics, registry, store
-from . import report as _report
 from .artifact import Artifact, make_target
 from .data import Batch, Source, open_data
 from .errors import BitportError, DataError, GateFailed, LoadError, RecipeError
 from .frontends import pytorch
 from .graph import Graph
 from .metrics import Metric
+from .page import render
 from .plan import Plan, decide
 from .plan.constants import on_grid
 from .progress import NullProgress, Progress
+from .proof import cost
+from .proof.measure import Subject, measure
 from .recipe import Recipe
 from .records import Measurement
 from .steps import _base as steps
 from .steps.quantize import ACTIVATIONS, WEIGHTS
 from .targets._base import Target, has_integer_dot_product, host
-from .verify import cost
-from .verify.measure import Subject, measure
 
 __all__ = ["compress", "inspect", "load", "report", "targets", "verify"]
 
@@ -37,7 +37,11 @@ SPEED_SHARE = 0.5  # an integer share of MACs below this seldom makes a network 
 
 
 def load(
-    model: nn.Module | str | Path, example_inputs: Any = None, *, dynamic_shapes: Any = "batch", device: str = "cpu"
+    model: nn.Module | str | Path,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = "batch",
+    device: str = "cpu",
 ) -> Graph:
     """Bring a network into bitport.
 
@@ -53,7 +57,9 @@ def load(
     """
     if isinstance(model, nn.Module):
         if example_inputs is None:
-            raise LoadError("an nn.Module needs example_inputs: a tensor, a tuple, or a dict of keyword arguments")
+            raise LoadError(
+                "an nn.Module needs example_inputs: a tensor, a tuple, or a dict of keyword arguments"
+            )
         return pytorch.load_module(model, example_inputs, dynamic_shapes, device)
     if not isinstance(model, str | Path):
         raise LoadError(f"a {type(model).__name__} can't be loaded: give an nn.Module or the path of a file")
@@ -69,7 +75,9 @@ def load(
             f"{path.name} holds pickled objects, which could run code: save the network with "
             "torch.export.save(torch.export.export(model, example_inputs), 'model.pt2')"
         )
-    raise LoadError(f"{path.name}: no front end reads {path.suffix or 'such'} files; .pt2 files and artifact folders are")
+    raise LoadError(
+        f"{path.name}: no front end reads {path.suffix or 'such'} files; .pt2 files and artifact folders are"
+    )
 
 
 def compress(
@@ -115,9 +123,15 @@ def compress(
     explicit = Recipe.of(recipe).expand(effort)
     runtime = make_target(target, dict(explicit.target))
     calibration = _source(data, graph, explicit, "calibration", "ignored")
-    judged = _source(evaluation, graph, explicit, "evaluation", "optional") if evaluation is not None else calibration
+    judged = (
+        _source(evaluation, graph, explicit, "evaluation", "optional")
+        if evaluation is not None
+        else calibration
+    )
     if train is not None or teacher is not None:
-        raise RecipeError("train= and teacher= need a step that trains, and this recipe has none: leave them out")
+        raise RecipeError(
+            "train= and teacher= need a step that trains, and this recipe has none: leave them out"
+        )
     if max_drop is not None and not max_drop >= 0:
         raise RecipeError(f"max_drop = {max_drop}: give a number from 0 on, in the metric's unit")
     with store.Workspace(out) as workspace, torch.random.fork_rng(devices=[]):
@@ -138,27 +152,32 @@ def compress(
             work, plan, taken = _run_steps(graph, explicit, runtime, context)
             on_grid(work, plan)
             artifacts.write(workspace.path, work, graph, plan, explicit, runtime)
-        subject = Subject(workspace.path, _reference(graph, work), work, plan, runtime)
+        facts = {"recipe": explicit.name, "seed": seed}
+        subject = Subject(workspace.path, _reference(graph, work), work, plan, runtime, facts)
         artifacts.write_sample(workspace.path, work, tuple(first.inputs), runtime.open(workspace.path))
         record = measure(subject, judged, chosen, max_drop, progress)
-        record["recipe"], record["seed"] = explicit.name, seed
-        record["notes"] = [*context.notes, *_data_notes(calibration, judged, evaluation is not None), *record["notes"]]
+        record["notes"] = [
+            *context.notes,
+            *_data_notes(calibration, judged, evaluation is not None),
+            *record["notes"],
+        ]
         record["seconds"] = {"total": time.perf_counter() - started, "steps": taken, **record["seconds"]}
         if record.get("memory") is not None:
             record["memory"] |= {"compress_peak_bytes": peak.bytes}
         Measurement(record).save(workspace.path / artifacts.MEASUREMENTS)
-        facts = {
+        manifest = {
             "target": runtime.name,
             "target_options": runtime.options,
-            "recipe": explicit.name,
-            "seed": seed,
+            **facts,
+            "metric": chosen.name,
+            "max_drop": max_drop,
             "model_digest": graph.digest(),
             "data_digest": calibration.digest(),
             **artifacts.signature(work),
         }
-        artifacts.write_manifest(workspace.path, facts)
-        _report.render(workspace.path)
-        artifacts.write_manifest(workspace.path, facts)
+        artifacts.write_manifest(workspace.path, manifest)
+        render(workspace.path)
+        artifacts.write_manifest(workspace.path, manifest)
         if record["verdict"]["passed"]:
             return Artifact(workspace.publish())
         rejected = workspace.publish_as(workspace.out.with_name(workspace.out.name + ".rejected"))
@@ -187,24 +206,28 @@ def verify(
     """
     opened = Artifact.load(folder)
     subject = opened.subject()
+    given = data is not None
     if data is None:
         data = [Batch(artifacts.read_sample(opened.path, subject.graph))]
     judged = _source(data, subject.graph, opened.recipe, "evaluation", "optional")
     first = _first(judged)
     chosen = metrics.get(metric, first.labels is not None, first.labels)
     listener = progress or NullProgress()
+    # a handful of golden samples can't decide the artifact's gate; data that was given can
+    limit = (
+        opened.manifest.get("max_drop") if given and chosen.name == opened.manifest.get("metric") else None
+    )
     if target is None or target == opened.target.name:
-        record = measure(subject, judged, chosen, None, listener)
+        record = measure(subject, judged, chosen, limit, listener)
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            record = measure(_moved(opened, subject, target, Path(scratch)), judged, chosen, None, listener)
-    record["recipe"], record["seed"] = opened.recipe.name, opened.manifest["seed"]
+            record = measure(_moved(opened, subject, target, Path(scratch)), judged, chosen, limit, listener)
     return Measurement(record)
 
 
 def report(folder: str | Path) -> Path:
     """Render `report.html` of an artifact from its records; returns its path."""
-    path = _report.render(Path(folder))
+    path = render(Path(folder))
     artifacts.refresh_report(Path(folder))
     return path
 
@@ -217,7 +240,11 @@ def targets() -> dict[str, dict[str, Any]]:
             target = registry.get("targets", name).TARGET
             found[name] = {"summary": target.summary, "available": True}
         except (BitportError, ImportError) as error:
-            found[name] = {"summary": registry.summary("targets", name), "available": False, "needs": str(error)}
+            found[name] = {
+                "summary": registry.summary("targets", name),
+                "available": False,
+                "needs": str(error),
+            }
     return found
 
 
@@ -228,14 +255,18 @@ def inspect(graph: Graph, target: str | None = None) -> dict[str, Any]:
     """
     macs = cost.macs(graph)
     if target is None:
-        layers = [_layer(graph, name, macs) for name in map(graph.name, graph.nodes()) if _worth(graph, name, macs)]
+        layers = [
+            _layer(graph, name, macs) for name in map(graph.name, graph.nodes()) if _worth(graph, name, macs)
+        ]
         return {"layers": layers, "totals": _totals(graph, macs), "notes": list(graph.notes), "host": host()}
     runtime = make_target(target)
     work = graph.clone()
     registry.get("steps", "fold").simplify(work)
     plan = decide(work, runtime.rules(), weights=WEIGHTS, activations=ACTIVATIONS)
     macs = cost.macs(work)
-    layers = [_layer(work, name, macs, plan) for name in map(work.name, work.nodes()) if _worth(work, name, macs)]
+    layers = [
+        _layer(work, name, macs, plan) for name in map(work.name, work.nodes()) if _worth(work, name, macs)
+    ]
     totals = _totals(work, macs)
     share = sum(macs[name] for name in macs if plan.node(name).kernel) / max(1, sum(macs.values()))
     return {
@@ -292,13 +323,15 @@ def _reference(graph: Graph, work: Graph) -> Graph:
 def _moved(opened: Artifact, subject: Subject, target: str, scratch: Path) -> Subject:
     other = make_target(target)
     artifacts.write(scratch, subject.graph, opened.original, subject.plan, opened.recipe, other)
-    return Subject(scratch, subject.reference, subject.graph, subject.plan, other)
+    return Subject(scratch, subject.reference, subject.graph, subject.plan, other, subject.facts)
 
 
 def _data_notes(calibration: Source, judged: Source, has_evaluation: bool) -> list[str]:
     notes = []
     if not has_evaluation:
-        notes.append("judged on the calibration data (no evaluation data was given): the real loss may be larger")
+        notes.append(
+            "judged on the calibration data (no evaluation data was given): the real loss may be larger"
+        )
     elif (shared := calibration.overlap(judged)) > 0:
         notes.append(f"{shared} samples of the calibration data are in the evaluation data too")
     if calibration.dropped:
@@ -307,7 +340,7 @@ def _data_notes(calibration: Source, judged: Source, has_evaluation: bool) -> li
 
 
 def _worth(graph: Graph, name: str, macs: Mapping[str, int]) -> bool:
-    from .verify.integer import SILENT
+    from .proof.integer import SILENT
 
     return name in macs or graph.op(graph.node(name)).kind not in SILENT
 
@@ -315,7 +348,9 @@ def _worth(graph: Graph, name: str, macs: Mapping[str, int]) -> bool:
 def _layer(graph: Graph, name: str, macs: Mapping[str, int], plan: Plan | None = None) -> dict[str, Any]:
     node = graph.node(name)
     op = graph.op(node)
-    parameters = sum(graph.tensor(o.tensor).numel() for o in op.operands if o is not None and o.tensor is not None)
+    parameters = sum(
+        graph.tensor(o.tensor).numel() for o in op.operands if o is not None and o.tensor is not None
+    )
     row: dict[str, Any] = {
         "name": name,
         "op": op.kind,

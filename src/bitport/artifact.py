@@ -1,13 +1,13 @@
 """The artifact folder: what a compression leaves behind, and how it is read back.
 
-    model.onnx …          the deployed file(s) of the target
-    graph.pt2             float graph, weights on their grid; with plan.json applied it is the simulated network
-    plan.json             what is quantized and how
-    recipe.toml           the explicit steps that made it
-    reference/            the original network through the same exporter (model file and graph.pt2)
-    sample.npz            golden inputs and outputs of the deployed file
-    measurements.json     the proof; report.html renders it
-    manifest.json         SHA-256 of every file, versions, seed, digests, inputs and outputs
+model.onnx …          the deployed file(s) of the target
+graph.pt2             float graph, weights on their grid; with plan.json applied it is the simulated network
+plan.json             what is quantized and how
+recipe.toml           the explicit steps that made it
+reference/            the original network through the same exporter (model file and graph.pt2)
+sample.npz            golden inputs and outputs of the deployed file
+measurements.json     the proof; report.html renders it
+manifest.json         SHA-256 of every file, versions, seed, digests, inputs and outputs
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .frontends.pytorch import load_pt2, save_pt2
 from .graph import Graph
 from .graph.simplify import simplify
 from .plan import Plan
+from .proof.measure import REFERENCE, Subject
 from .recipe import Recipe
 from .records import Measurement
 from .targets._base import Session, Target
-from .verify.measure import REFERENCE, Subject
 
 GRAPH, PLAN, RECIPE, SAMPLE = "graph.pt2", "plan.json", "recipe.toml", "sample.npz"
 MEASUREMENTS = "measurements.json"
@@ -96,7 +96,8 @@ class Artifact:
         if self.graph.stage == "folded":
             reference.gm.eval()
             simplify(reference)
-        return Subject(self.path, reference, self.graph, self.plan, self.target)
+        facts = {key: self.manifest.get(key) for key in ("recipe", "seed")}
+        return Subject(self.path, reference, self.graph, self.plan, self.target, facts)
 
     def predict(self, inputs: Any) -> Tensor | dict[str, Tensor]:
         """Run the deployed file.
@@ -145,7 +146,9 @@ def write_sample(folder: Path, graph: Graph, inputs: tuple[Tensor, ...], session
     )
     arrays = {f"input.{spec.name}": value.numpy() for spec, value in zip(graph.inputs, few, strict=True)}
     outputs = session.run(few)
-    arrays |= {f"output.{spec.name}": value.numpy() for spec, value in zip(graph.outputs, outputs, strict=True)}
+    arrays |= {
+        f"output.{spec.name}": value.numpy() for spec, value in zip(graph.outputs, outputs, strict=True)
+    }
     with (folder / SAMPLE).open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -158,7 +161,9 @@ def read_sample(folder: Path, graph: Graph) -> tuple[Tensor, ...]:
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """`facts` (target, seed, digests, signature …) and the SHA-256 of every file."""
-    records.dump(folder / MANIFEST, {**facts, "versions": records.versions(), "files": store.manifest(folder)})
+    records.dump(
+        folder / MANIFEST, {**facts, "versions": records.versions(), "files": store.manifest(folder)}
+    )
 
 
 def signature(graph: Graph) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Derived:
-    """Follows from other tensors. `by` = "bias": scale_x · scale_w as int32; "value": operand scale × attrs["value"]."""
+    """Follows from other tensors: a "bias" is int32 at scale_x · scale_w; by "value", operand scale × attrs["value"]."""
 
     by: Literal["bias", "value"]
 
@@ -98,6 +98,7 @@ class Ruleset:
         activations, weights: names of formats that its integer kernels take.
         granularities: of weights.
         reasons: kind → why this runtime has no integer kernel for it (shown in reports).
+        fixed: kind → real range of its result, where a float operator's result is quantized for a reader.
         weight_limit: largest |integer| of a weight on this host, e.g. 64 where 8-bit products could saturate.
     """
 
@@ -107,6 +108,7 @@ class Ruleset:
     weights: tuple[str, ...]
     granularities: tuple[str, ...] = ("tensor", "channel")
     reasons: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, tuple[float, float]] = field(default_factory=dict)
     weight_limit: int | None = None
 
     def match(self, graph: Graph, node: torch.fx.Node, op: Op) -> tuple[OpRule | None, str | None]:

@@ -144,7 +144,9 @@ class _Run:
         if op.kind == "embedding":
             table = self._operand(_present(op.operands[1]), name, 1)
             assert isinstance(table, QTensor)
-            return self._wrap(torch.nn.functional.embedding(self._float(_producer(op.operands[0])), table.q), tie)
+            return self._wrap(
+                torch.nn.functional.embedding(self._float(_producer(op.operands[0])), table.q), tie
+            )
         if op.kind == "getitem":
             parts = self.values[_producer(op.operands[0])]
             return parts[op.attrs["index"]]  # type: ignore[no-any-return]
@@ -172,10 +174,14 @@ class _Run:
             return tuple(self._wrap(value.to(torch.int32), tie) for value in moved_values)
         return self._wrap(moved_values.to(torch.int32), tie)
 
-    def _run_float(self, node: fx.Node, op: Op, operands: Sequence[QTensor | Tensor | None] | None = None) -> Any:
+    def _run_float(
+        self, node: fx.Node, op: Op, operands: Sequence[QTensor | Tensor | None] | None = None
+    ) -> Any:
         name = self.graph.name(node)
         if operands is None:
-            operands = [None if o is None else self._operand(o, name, slot) for slot, o in enumerate(op.operands)]
+            operands = [
+                None if o is None else self._operand(o, name, slot) for slot, o in enumerate(op.operands)
+            ]
         floats = [o.dequantize() if isinstance(o, QTensor) else o for o in operands]
         custom = self.s.arithmetic.floats.get(op.kind)
         if custom is not None:
@@ -215,7 +221,11 @@ class _Run:
         key = self._key(operand)
         tie = self.plan.edges.get(Edge(key, consumer, slot))
         if operand.tensor is not None:
-            return self.graph.tensor(operand.tensor).detach() if tie is None else self.s.constant(operand.tensor, tie)
+            return (
+                self.graph.tensor(operand.tensor).detach()
+                if tie is None
+                else self.s.constant(operand.tensor, tie)
+            )
         assert operand.node is not None
         value = self.values[operand.node]
         if isinstance(value, _Both):

@@ -25,10 +25,10 @@ from .frontends.pytorch import load_module
 from .graph import Graph
 from .plan import Plan
 from .plan.constants import on_grid, settle
+from .proof.parity import Parity
 from .simulate import Simulator
 from .steps._base import Context, make
 from .targets._base import Target
-from .verify.parity import Parity
 
 SAMPLES = 24
 ALLOWED_STEPS = 0
@@ -75,14 +75,20 @@ def _tokens(function: Callable[[Tensor], Tensor], width: int = 8) -> Callable[[]
     """linear → function → linear on [batch, 6, 12]."""
 
     def build() -> nn.Module:
-        return Tiny({"a": nn.Linear(12, 8), "b": nn.Linear(width, 5)}, lambda m, x: m["b"](function(m["a"](x))))
+        return Tiny(
+            {"a": nn.Linear(12, 8), "b": nn.Linear(width, 5)}, lambda m, x: m["b"](function(m["a"](x)))
+        )
 
     return build
 
 
 def _two(function: Callable[[Tensor, Tensor], Tensor], width: int = 8) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        layers = {"a": nn.Conv2d(3, 8, 3, padding=1), "b": nn.Conv2d(3, 8, 1), "c": nn.Conv2d(width, 4, 1)}
+        layers: dict[str, nn.Module] = {
+            "a": nn.Conv2d(3, 8, 3, padding=1),
+            "b": nn.Conv2d(3, 8, 1),
+            "c": nn.Conv2d(width, 4, 1),
+        }
         return Tiny(layers, lambda m, x: m["c"](function(m["a"](x), m["b"](x))))
 
     return build
@@ -115,7 +121,8 @@ SPECIMENS: dict[str, dict[str, Specimen]] = {
     },
     "matmul": {
         "scores": Specimen(
-            lambda: Tiny({"q": nn.Linear(12, 8), "k": nn.Linear(12, 8), "o": nn.Linear(6, 4)}, _attention), TOKENS
+            lambda: Tiny({"q": nn.Linear(12, 8), "k": nn.Linear(12, 8), "o": nn.Linear(6, 4)}, _attention),
+            TOKENS,
         ),
     },
     "add": {
@@ -151,7 +158,7 @@ SPECIMENS: dict[str, dict[str, Specimen]] = {
     "squeeze": {"one": Specimen(_tokens(lambda y: y[:, :1].squeeze(1)), TOKENS)},
     "unsqueeze": {"one": Specimen(_tokens(lambda y: y.unsqueeze(1)), TOKENS)},
     "split": {"half": Specimen(_tokens(lambda y: y.chunk(2, -1)[1], 4), TOKENS)},
-    "getitem": {"second": Specimen(_tokens(lambda y: y.split([3, 5], -1)[1], 5), TOKENS)},
+    "getitem": {"second": Specimen(_tokens(lambda y: torch.split(y, [3, 5], -1)[1], 5), TOKENS)},
     "cat": {"channels": Specimen(_two(lambda a, b: torch.cat([a, b], 1), 16), IMAGE)},
     "stack": {"axis": Specimen(_tokens(lambda y: torch.stack([y, y.flip(1)], 1).sum(1)), TOKENS)},
     "max_pool": {"padded": Specimen(_between(lambda y: F.max_pool2d(y, 3, 2, 1)), IMAGE)},
@@ -182,8 +189,14 @@ class Case:
             model = specimen.make().eval()
         graph = load_module(model, specimen.inputs(2, 1))
         work, plan = self._planned(graph, runtime, specimen)
-        wanted = [name for name, todo in plan.nodes.items() if todo.kernel is not None and work.op(work.node(name)).kind == self.kind]
-        assert wanted, f"{self.id}: the plan runs no {self.kind} in integers: { {n: p.reason for n, p in plan.nodes.items()} }"
+        wanted = [
+            name
+            for name, todo in plan.nodes.items()
+            if todo.kernel is not None and work.op(work.node(name)).kind == self.kind
+        ]
+        assert wanted, f"{self.id}: the plan runs no {self.kind} in integers: " + "; ".join(
+            f"{name}: {todo.reason}" for name, todo in plan.nodes.items() if todo.reason
+        )
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             reference = work.clone()

@@ -66,7 +66,7 @@ def run(work: Callable[[Progress], Outcome], as_json: bool) -> NoReturn:
 
 def measured(record: Mapping[str, Any], folder: Path) -> Outcome:
     """The outcome of a measurement of an artifact folder: 0 when every gate holds, else 3."""
-    from ..verify.verdict import judge
+    from ..proof.verdict import judge
 
     verdict = record.get("verdict") or judge(record)
     return Outcome(record, lambda: terminal().summary(record, folder), HOLDS if verdict["passed"] else GATE)

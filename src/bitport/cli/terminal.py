@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import wording
+from ..page.summary import comparison, section, sqnr, worst_layers
 from ..progress import Progress, Task
-from ..report.summary import comparison, section, sqnr, worst_layers
-from ..verify.verdict import judge, subject
+from ..proof.verdict import judge, subject
 
 _FILE_WIDTH = 120
 

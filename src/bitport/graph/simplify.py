@@ -56,7 +56,11 @@ def fold_constants(graph: Graph) -> None:
     free = {node for node in graph.nodes() if _depends_on_nothing(node)}
     for node in [n for n in graph.nodes() if n in free]:
         value = node.meta.get("val")
-        if not isinstance(value, Tensor) or not value.is_floating_point() or all(user in free for user in node.users):
+        if (
+            not isinstance(value, Tensor)
+            or not value.is_floating_point()
+            or all(user in free for user in node.users)
+        ):
             continue
         name = f"constant_{sum(1 for n, _ in graph.gm.named_buffers() if n.startswith('constant_'))}"
         graph.gm.register_buffer(name, _evaluate(graph, node).detach().clone().contiguous())
@@ -96,7 +100,9 @@ def normalise(graph: Graph) -> None:
         op = graph.op(node)
         if op.kind == "mean" and _is_over_pixels(graph, op):
             _pool_instead(graph, node, op)
-        elif op.kind == "softmax" and (shape := graph.shape(node)) is not None and shape[op.attrs["dim"]] == 1:
+        elif (
+            op.kind == "softmax" and (shape := graph.shape(node)) is not None and shape[op.attrs["dim"]] == 1
+        ):
             # one runtime's integer softmax returns 0 here; the answer is 1 whatever the input
             new = insert(graph, node, aten.ones_like.default, (_node(op, 0),), graph.name(node))
             replace(graph, node, new)
@@ -106,11 +112,15 @@ def normalise(graph: Graph) -> None:
 # ------------------------------------------------------------------------------------------------ editing
 
 
-def insert(graph: Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], name: str) -> fx.Node:
+def insert(
+    graph: Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], name: str
+) -> fx.Node:
     """A new operator called `name` (made unique), in front of a node and in its module's path."""
     with graph.gm.graph.inserting_before(before):
         node = graph.gm.graph.call_function(target, args)
-    taken = {n.meta["bitport_name"] for n in graph.gm.graph.nodes if "bitport_name" in n.meta and n is not before}
+    taken = {
+        n.meta["bitport_name"] for n in graph.gm.graph.nodes if "bitport_name" in n.meta and n is not before
+    }
     node.meta["bitport_name"] = names.unique(name, taken | {spec.name for spec in graph.inputs})
     node.meta["bitport_path"] = before.meta.get("bitport_path", "")
     return node
@@ -128,8 +138,15 @@ def _clean(graph: Graph) -> None:
     graph.gm.graph.eliminate_dead_code()
     used = {str(n.target) for n in graph.gm.graph.nodes if n.op == "call_module"}
     for name, module in list(graph.gm.named_modules()):
-        if name and name not in used and not any(u.startswith(f"{name}.") for u in used) and not list(module.children()):
-            if not any(str(n.target).startswith(f"{name}.") for n in graph.gm.graph.find_nodes(op="get_attr")):
+        if (
+            name
+            and name not in used
+            and not any(u.startswith(f"{name}.") for u in used)
+            and not list(module.children())
+        ):
+            if not any(
+                str(n.target).startswith(f"{name}.") for n in graph.gm.graph.find_nodes(op="get_attr")
+            ):
                 graph.gm.delete_submodule(name)
     graph.gm.recompile()
     graph.propagate()
@@ -187,7 +204,9 @@ def _has_statistics(op: Op) -> bool:
 def _fold_into(graph: Graph, node: fx.Node, op: Op, norm: Op) -> None:
     weight, bias = op.operands[1], op.operands[2]
     assert weight is not None and weight.tensor is not None
-    read = [None if o is None or o.tensor is None else graph.tensor(o.tensor).detach() for o in norm.operands[1:5]]
+    read = [
+        None if o is None or o.tensor is None else graph.tensor(o.tensor).detach() for o in norm.operands[1:5]
+    ]
     gamma, beta, mean, var = read
     assert mean is not None and var is not None
     new_weight, new_bias = fold_batch_norm(
@@ -243,8 +262,10 @@ class _Attention:
         scale = self.attrs.get("scale")
         rank = self.k.meta["val"].dim()
         keys = self._new("keys", aten.transpose.int, self.k, rank - 2, rank - 1)
-        scores = self._new("scores", aten.matmul.default, self.q, keys)
-        scores = self._new("scale", aten.mul.Tensor, scores, 1.0 / math.sqrt(int(width)) if scale is None else scale)
+        # the constant scales the queries, not the scores: a factor on integers is free, one on scores is not
+        factor = 1.0 / math.sqrt(int(width)) if scale is None else scale
+        query = self._new("scale", aten.mul.Tensor, self.q, factor)
+        scores = self._new("scores", aten.matmul.default, query, keys)
         scores = self._masked(scores)
         weights = self._new("softmax", aten.softmax.int, scores, rank - 1)
         replace(self.graph, self.node, self._new("values", aten.matmul.default, weights, self.v))
@@ -269,8 +290,7 @@ class _Attention:
         return self._new("repeat", aten.repeat_interleave.self_int, value, int(heads) // int(groups), -3)
 
     def _new(self, what: str, target: Callable[..., Any], *args: Any) -> fx.Node:
-        node = insert(self.graph, self.node, target, args, f"{self.name}.{what}")
-        return node
+        return insert(self.graph, self.node, target, args, f"{self.name}.{what}")
 
 
 # ------------------------------------------------------------------------------------------------ pooling
@@ -279,7 +299,12 @@ class _Attention:
 def _is_over_pixels(graph: Graph, op: Op) -> bool:
     shape = graph.shape(_node(op, 0))
     dims = op.attrs.get("dim")
-    return shape is not None and len(shape) in (4, 5) and dims is not None and tuple(dims) == tuple(range(2, len(shape)))
+    return (
+        shape is not None
+        and len(shape) in (4, 5)
+        and dims is not None
+        and tuple(dims) == tuple(range(2, len(shape)))
+    )
 
 
 def _pool_instead(graph: Graph, node: fx.Node, op: Op) -> None:

@@ -31,7 +31,7 @@ class Histogram:
     """Exact minimum, maximum and counts of a stream of tensors, and their distribution in at most 4096 bins.
 
     Cost of `update`: one pass for the extremes, and four light ones in cache (scale, truncate, sign, count).
-    4 M float32 elements take 6 to 10 ms on one core, a tenth of the 3×3 convolution of 64 channels before them.
+    4 M float32 elements take 6 to 10 ms on one core, a tenth of the 3×3 convolution of 64 channels before.
 
     A value far out costs resolution: one of 4096 times the others' size leaves all others in one or two bins.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from ..errors import GraphError
 from ..graph import Graph
@@ -46,7 +45,9 @@ def _settled(tie: TensorPlan, of: list[TensorPlan]) -> TensorPlan:
         return replace(tie, scale=scale, zero_point=torch.zeros_like(scale, dtype=torch.int32))
     if tie.source == "scaled":
         scale, zero_point = of[0].parameters()
-        return replace(tie, scale=scale * torch.tensor(tie.factor, dtype=torch.float32), zero_point=zero_point)
+        return replace(
+            tie, scale=scale * torch.tensor(tie.factor, dtype=torch.float32), zero_point=zero_point
+        )
     tie.parameters()
     return tie
 
@@ -72,9 +73,7 @@ def on_grid(graph: Graph, plan: Plan) -> None:
     """Put each weight of `graph`, in place, on the grid that the plan stores it on, where it has just one."""
     users: dict[str, set[str]] = {}
     for edge, tie in plan.edges.items():
-        if plan.ties[tie].source == "weight":
-            users.setdefault(edge.producer, set()).add(tie)
-        elif edge.producer in users or _is_parameter(graph, edge.producer):
+        if plan.ties[tie].source == "weight" or edge.producer in users or _is_parameter(graph, edge.producer):
             users.setdefault(edge.producer, set()).add(tie)
     for tensor, ties in users.items():
         if len(ties) == 1:

@@ -184,7 +184,11 @@ class _Planner:
 
     def _mask_reason(self, node: torch.fx.Node, op: Op) -> str | None:
         users = _users(node, self.ops)
-        if op.kind in ("add", "add_scalar", "sub") and users and all(self.ops[u].kind == "softmax" for u in users if u in self.ops):
+        if (
+            op.kind in ("add", "add_scalar", "sub")
+            and users
+            and all(self.ops[u].kind == "softmax" for u in users if u in self.ops)
+        ):
             if all(u in self.ops for u in users):
                 return "adds a mask or bias in front of a softmax: its range would swallow the scores'"
         for operand in op.operands:
@@ -192,7 +196,7 @@ class _Planner:
                 value = self.graph.tensor(operand.tensor).detach()
                 if value.is_floating_point() and value.numel():
                     if not bool(torch.isfinite(value).all()) or float(value.abs().max()) > MASK_MAGNITUDE:
-                        return f"its constant operand {operand.tensor} looks like a mask (infinite or beyond ±{MASK_MAGNITUDE:g})"
+                        return f"its constant operand {operand.tensor} looks like a mask : infinite or beyond {MASK_MAGNITUDE:g}"
         return None
 
     def _absorb_clamps(self) -> None:
@@ -295,6 +299,10 @@ class _Planner:
             self._spread()
 
     def _tie_once(self) -> tuple[torch.fx.Node, str] | None:
+        for node in self.nodes:
+            bounds = self.ruleset.fixed.get(self.ops[node].kind)
+            if bounds is not None and node not in self.rows:
+                self.fixed[self.names[node]] = bounds
         for node, row in self.rows.items():
             out = self.names[self._head(node)]
             keys = [self._key(operand) for _, operand in self._quantized_slots(node, row)]
@@ -335,7 +343,11 @@ class _Planner:
             if row is None:
                 # a float operator reads the integers of an integer producer: nothing else is left of it
                 for slot, operand in enumerate(self.ops[node].operands):
-                    if operand is not None and operand.node is not None and self._emits(operand.node, float_out):
+                    if (
+                        operand is not None
+                        and operand.node is not None
+                        and self._emits(operand.node, float_out)
+                    ):
                         if self._owner(node) is not operand.node:
                             use(self.names[operand.node], name, slot)
                 continue
@@ -346,11 +358,17 @@ class _Planner:
                 if isinstance(constraint, Free | Shared):
                     key = self._key(operand)
                     tie = use(key, name, slot)
-                    moved = operand.node is not None and (r := self.rows.get(operand.node)) is not None and r.role == "move"
+                    moved = (
+                        operand.node is not None
+                        and (r := self.rows.get(operand.node)) is not None
+                        and r.role == "move"
+                    )
                     if not moved and key not in members.setdefault(tie, []):
                         members[tie].append(key)
                 elif isinstance(constraint, Weight):
-                    edges[Edge(self._key(operand), name, slot)] = self._weight_tie(ties, node, slot, operand, constraint)
+                    edges[Edge(self._key(operand), name, slot)] = self._weight_tie(
+                        ties, node, slot, operand, constraint
+                    )
                 elif isinstance(constraint, Derived):
                     bias_edges.append((node, slot, operand))
         for producer in [*placeholders(self.graph), *self.nodes]:
@@ -365,8 +383,14 @@ class _Planner:
             edges[Edge(self._key(operand), name, slot)] = tie
             granular = ties[w_tie].format
             ties[tie] = TensorPlan(
-                Format.parse("int32", symmetric=True, granularity=granular.granularity, axis=0 if granular.axis is not None else None),
-                "bias", of=(x_tie, w_tie),
+                Format.parse(
+                    "int32",
+                    symmetric=True,
+                    granularity=granular.granularity,
+                    axis=0 if granular.axis is not None else None,
+                ),
+                "bias",
+                of=(x_tie, w_tie),
             )
         for tie in dict.fromkeys(edges.values()):
             if tie not in ties:
@@ -390,7 +414,12 @@ class _Planner:
         return result
 
     def _weight_tie(
-        self, ties: dict[str, TensorPlan], node: torch.fx.Node, slot: int, operand: Operand, constraint: Weight
+        self,
+        ties: dict[str, TensorPlan],
+        node: torch.fx.Node,
+        slot: int,
+        operand: Operand,
+        constraint: Weight,
     ) -> str:
         options = self.weights[node]
         channel = options.granularity == "channel" and constraint.axis is not None
@@ -432,7 +461,9 @@ class _Planner:
                 follower = self.absorbs.get(node)
                 role = "scaled" if isinstance(row.output, Derived) else row.role
                 plans[name] = NodePlan(
-                    kernel=row.kernel, role=role, absorbs=self.names[follower] if follower is not None else None
+                    kernel=row.kernel,
+                    role=role,
+                    absorbs=self.names[follower] if follower is not None else None,
                 )
             elif node in self.absorbed:
                 plans[name] = NodePlan(absorbed_by=self.names[self.absorbed[node]])

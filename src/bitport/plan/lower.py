@@ -54,6 +54,7 @@ def lower(
     offset: int = 0,
     flatten_linear: bool = False,
     barriers: frozenset[str] = frozenset(),
+    detours: frozenset[str] = frozenset(),
 ) -> Lowered:
     """Lower `graph` under `plan`; neither is changed.
 
@@ -63,11 +64,13 @@ def lower(
         flatten_linear: run Linear above 2-D on flattened rows, with a bias of zeros where it has none.
         barriers: kinds that the runtime would fuse although the plan keeps them in float; a maximum with the
             lowest float behind them changes no value and stops that.
+        detours: kinds of moves that run on dequantized values between two such barriers, because the runtime
+            is slow on integers; the integers stay the same.
 
     Raises:
         GraphError: the plan speaks of edges that the graph doesn't have, or of unmeasured ranges.
     """
-    return _Lowering(graph, plan, dtype, offset, flatten_linear, barriers).run()
+    return _Lowering(graph, plan, dtype, offset, flatten_linear, barriers, detours).run()
 
 
 class _Lowering:
@@ -79,8 +82,9 @@ class _Lowering:
         offset: int,
         flatten_linear: bool,
         barriers: frozenset[str],
+        detours: frozenset[str],
     ) -> None:
-        self.graph, self.plan, self.barriers = graph, plan, barriers
+        self.graph, self.plan, self.barriers, self.detours = graph, plan, barriers, detours
         self.dtype, self.offset, self.flatten_linear = dtype, offset, flatten_linear
         self.new = fx.Graph()
         self.root = torch.nn.Module()
@@ -125,10 +129,17 @@ class _Lowering:
             self._leave(node, self._integer(node, op, name, todo))
         else:
             new = self._copy(node, lambda n: self._read(n, name, op))
-            if op.kind in self.barriers and self.plan.tie_of(name) is not None and self._reads_integers(name, op):
-                lowest = self._buffer("lowest", torch.tensor(torch.finfo(torch.float32).min))
-                new = self._call(f"{name}/barrier", torch.ops.aten.maximum.default, (new, lowest))
+            if (
+                op.kind in self.barriers
+                and self.plan.tie_of(name) is not None
+                and self._reads_integers(name, op)
+            ):
+                new = self._barrier(new, name)
             self._leave(node, new)
+
+    def _barrier(self, value: fx.Node, name: str) -> fx.Node:
+        lowest = self._buffer("lowest", torch.tensor(torch.finfo(torch.float32).min))
+        return self._call(f"{name}/barrier", torch.ops.aten.maximum.default, (value, lowest))
 
     def _reads_integers(self, name: str, op: Op) -> bool:
         reads = [Edge(self._key(o), name, slot) in self.plan.edges for slot, o in enumerate(op.operands) if o]
@@ -155,13 +166,22 @@ class _Lowering:
         sources = {
             operand.node: self._int_operand(operand, name, slot)
             for slot, operand in enumerate(op.operands)
-            if operand is not None and operand.node is not None and Edge(self._key(operand), name, slot) in self.plan.edges
+            if operand is not None
+            and operand.node is not None
+            and Edge(self._key(operand), name, slot) in self.plan.edges
         }
         if op.kind == "embedding":
             weight = op.operands[1]
             assert weight is not None
             table = self._int_operand(weight, name, 1)
             return self._call(name, torch.ops.aten.embedding.default, (table, self.floats[_source(op, 0)]))
+        if op.kind in self.detours and tie is not None:
+            reals = {
+                n: self._barrier(self._dequantize(q, tie, constant=False, name=name), name)
+                for n, q in sources.items()
+            }
+            moved = self._copy(node, lambda n: reals[n] if n in reals else self._read(n, name, op))
+            return self._requantize(self._barrier(moved, name), tie, f"{name}/back")
         if op.kind == "pad" and tie is not None:
             _, zero_point = self.plan.ties[tie].parameters()
             args = (next(iter(sources.values())), list(op.attrs["pad"]), int(zero_point) + self.offset)
@@ -230,7 +250,10 @@ class _Lowering:
     def _convolution(self, op: Op, name: str, reads: list[fx.Node | None]) -> fx.Node:
         a = op.attrs
         target = CONVOLUTIONS[op.kind, a["ndim"]]
-        geometry: tuple[Any, ...] = (list(a["stride"]), a["padding"] if isinstance(a["padding"], str) else list(a["padding"]))
+        geometry: tuple[Any, ...] = (
+            list(a["stride"]),
+            a["padding"] if isinstance(a["padding"], str) else list(a["padding"]),
+        )
         if op.kind == "conv_transpose":
             geometry += (list(a["output_padding"]), a["groups"], list(a["dilation"]))
         else:
@@ -242,7 +265,9 @@ class _Lowering:
         for index, value in enumerate(self.graph.output_nodes()):
             tie = self.plan.edges.get(Edge(self.graph.name(value), "output", index))
             if tie is not None:
-                results.append(self._dequantize(self.ints[value], tie, constant=False, name=self.graph.name(value)))
+                results.append(
+                    self._dequantize(self.ints[value], tie, constant=False, name=self.graph.name(value))
+                )
             else:
                 results.append(self._read_float(value))
         self.new.output(tuple(results))
@@ -294,11 +319,14 @@ class _Lowering:
         return len(shape) if shape is not None else 0
 
     def _quantize(self, value: fx.Node, tie_name: str, name: str) -> fx.Node:
+        self.quantized.append(name)
+        return self._requantize(value, tie_name, name + QUANTIZED)
+
+    def _requantize(self, value: fx.Node, tie_name: str, label: str) -> fx.Node:
         tie = self.plan.ties[tie_name]
         scale, zero_point = self._parameters(tie_name, constant=False)
-        self.quantized.append(name)
         bounds = (tie.format.low + self.offset, tie.format.high + self.offset)
-        return self._call(name + QUANTIZED, QUANTIZE, (value, scale, zero_point, *bounds, -1))
+        return self._call(label, QUANTIZE, (value, scale, zero_point, *bounds, -1))
 
     def _dequantize(self, value: fx.Node, tie_name: str, *, constant: bool, name: str) -> fx.Node:
         scale, zero_point = self._parameters(tie_name, constant=constant)
@@ -335,7 +363,9 @@ class _Lowering:
             target = f"m{len(list(self.root.children()))}"
             module = self.graph.gm.get_submodule(str(node.target))
             self.root.add_module(target, module)
-            self.names |= {f"{target}.{name}": f"{node.target}.{name}" for name, _ in module.named_parameters()}
+            self.names |= {
+                f"{target}.{name}": f"{node.target}.{name}" for name, _ in module.named_parameters()
+            }
             new.target = target
         return _named(new, self.graph.name(node))
 

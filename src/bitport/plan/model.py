@@ -50,7 +50,9 @@ class TensorPlan:
     def parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, zero_point). Raises GraphError while they are unknown."""
         if self.scale is None or self.zero_point is None:
-            raise GraphError(f"the range of {', '.join(self.members) or 'a tensor'} was never measured: calibrate first")
+            raise GraphError(
+                f"the range of {', '.join(self.members) or 'a tensor'} was never measured: calibrate first"
+            )
         return self.scale, self.zero_point
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("bitport", "DEF")
-_LIBRARY.define("quantize(Tensor x, Tensor scale, Tensor zero_point, int low, int high, int axis) -> Tensor")
-_LIBRARY.define("dequantize(Tensor q, Tensor scale, Tensor zero_point, int axis) -> Tensor")
+_LIBRARY = torch.library.Library("bitport", "DEF")  # type: ignore[no-untyped-call]
+for _schema in (
+    "quantize(Tensor x, Tensor scale, Tensor zero_point, int low, int high, int axis) -> Tensor",
+    "dequantize(Tensor q, Tensor scale, Tensor zero_point, int axis) -> Tensor",
+):
+    _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
 
 
 def _spread(parameter: Tensor, like: Tensor, axis: int) -> Tensor:
@@ -35,12 +38,12 @@ def _dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tens
     return centred.float() * _spread(scale, q, axis)
 
 
-@torch.library.register_fake("bitport::quantize", lib=_LIBRARY)
+@torch.library.register_fake("bitport::quantize", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _quantize_fake(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int) -> Tensor:
     return torch.empty_like(x, dtype=zero_point.dtype)
 
 
-@torch.library.register_fake("bitport::dequantize", lib=_LIBRARY)
+@torch.library.register_fake("bitport::dequantize", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _dequantize_fake(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     return torch.empty_like(q, dtype=torch.float32)
 

@@ -76,7 +76,9 @@ def observe(graph: Graph, plan: Plan, context: Context, batches: int | None = No
                 "check its preprocessing, or the network in float"
             )
         if bad:
-            context.notes.append(f"{bad} of {seen} values of {name!r} were NaN or infinite and left out of its range")
+            context.notes.append(
+                f"{bad} of {seen} values of {name!r} were NaN or infinite and left out of its range"
+            )
     return histograms
 
 

@@ -76,7 +76,9 @@ def _correct(graph: Graph, plan: Plan, name: str, op: Op, mean: Tensor) -> None:
     weight, bias = op.operands[1], op.operands[2]
     assert weight is not None and weight.tensor is not None and bias is not None and bias.tensor is not None
     value = graph.tensor(weight.tensor).detach()
-    stored = constant_integers(graph, plan, weight.tensor, plan.edges[Edge(weight.tensor, name, 1)]).dequantize()
+    stored = constant_integers(
+        graph, plan, weight.tensor, plan.edges[Edge(weight.tensor, name, 1)]
+    ).dequantize()
     old = graph.tensor(bias.tensor).detach()
     graph.set_tensor(bias.tensor, analytic_bias(old, value, stored, mean, op.attrs.get("groups", 1)))
 

@@ -44,7 +44,9 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     )
     if not plan.quantized:
         reasons = sorted({n.reason for n in plan.nodes.values() if n.reason})
-        raise RecipeError(f"nothing to do: no operator of this network can run in integers ({'; '.join(reasons)})")
+        raise RecipeError(
+            f"nothing to do: no operator of this network can run in integers ({'; '.join(reasons)})"
+        )
     changed = {}
     for name, tie in plan.ties.items():
         if tie.source == "weight":

@@ -26,12 +26,14 @@ class Inspection:
     Attributes:
         kernels: user-facing operator name → operator types that run it.
         counts: operator type → how many there are.
+        integer: those operator types that compute on integers.
         missed: operators that the plan wanted in integers and the runtime left in float, with the reason.
     """
 
     kernels: Mapping[str, tuple[str, ...]]
     counts: Mapping[str, int]
     missed: Mapping[str, str] = field(default_factory=dict)
+    integer: frozenset[str] = frozenset()
 
 
 class Session(ABC):
@@ -124,7 +126,11 @@ def host() -> dict[str, Any]:
                 model = value.strip()
     except OSError:
         pass  # not Linux: the extensions stay unknown and the careful choice is made
-    isa = [name for name in ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm") if name in flags]
+    isa = [
+        name
+        for name in ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+        if name in flags
+    ]
     return {"cpu": model, "isa": isa, "machine": platform.machine(), "os": platform.system()}
 
 

@@ -29,17 +29,39 @@ PLAN_FILE = "null.plan.json"
 
 class Null(Target):
     name = "null"
-    summary = "the exact simulator, no runtime: what no runtime can hold, and the shortest example of a target"
+    summary = (
+        "the exact simulator, no runtime: what no runtime can hold, and the shortest example of a target"
+    )
     model_file = "null.pt2"
 
     def rules(self) -> Ruleset:
         free = (Free(),)
         rows = (
-            OpRule(("conv", "linear"), (Free(), Weight(0), Derived("bias")), Free(), "simulated", "compute", clamps=True),
-            OpRule(("conv_transpose",), (Free(), Weight(None), Derived("bias")), Free(), "simulated", "compute", clamps=True),
+            OpRule(
+                ("conv", "linear"),
+                (Free(), Weight(0), Derived("bias")),
+                Free(),
+                "simulated",
+                "compute",
+                clamps=True,
+            ),
+            OpRule(
+                ("conv_transpose",),
+                (Free(), Weight(None), Derived("bias")),
+                Free(),
+                "simulated",
+                "compute",
+                clamps=True,
+            ),
             OpRule(("matmul",), free, Free(), "simulated", "compute"),
             OpRule(("add", "mul"), free, Free(), "simulated", "elementwise", clamps=True),
-            OpRule(("avg_pool", "global_avg_pool", "leaky_relu", "relu"), free, Free(), "simulated", "elementwise"),
+            OpRule(
+                ("avg_pool", "global_avg_pool", "leaky_relu", "relu"),
+                free,
+                Free(),
+                "simulated",
+                "elementwise",
+            ),
             OpRule(("sigmoid", "softmax"), free, Fixed(0.0, 1.0), "simulated", "elementwise"),
             OpRule(("mul_scalar",), free, Derived("value"), "none", "move", when=_positive),
             OpRule(("embedding",), (None, Shared()), Shared(), "simulated", "move"),
@@ -61,7 +83,9 @@ class Null(Target):
 
     def inspect(self, folder: Path, plan: Plan, *, taps: bool = False) -> Inspection:
         kernels = {name: (node.kernel,) for name, node in plan.nodes.items() if node.kernel is not None}
-        return Inspection(kernels, Counter(kernel for (kernel,) in kernels.values()))
+        return Inspection(
+            kernels, Counter(kernel for (kernel,) in kernels.values()), integer=frozenset({"simulated"})
+        )
 
     @property
     def executes_integers(self) -> bool:

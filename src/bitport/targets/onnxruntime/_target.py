@@ -80,9 +80,9 @@ class OnnxRuntime(Target):
                 if not any(kind in ran for kind in ALIASES.get(todo.kernel, (todo.kernel,))):
                     as_what = ", ".join(ran) or "nothing by that name"
                     missed[name] = f"ONNX Runtime did not fuse it into {todo.kernel}: it ran as {as_what}"
-        return Inspection(
-            {k: tuple(v) for k, v in kernels.items()}, Counter(n.op_type for n in nodes), missed
-        )
+        integer = frozenset(kind for kind in (n.op_type for n in nodes) if kind.startswith(INTEGER_KERNELS))
+        found = {name: tuple(kinds) for name, kinds in kernels.items()}
+        return Inspection(found, Counter(n.op_type for n in nodes), missed, integer)
 
     def _session(
         self, path: Path, *, taps: bool = False, optimize: bool = True, dump: Path | None = None
@@ -105,9 +105,11 @@ class OnnxRuntime(Target):
         model: str | bytes = _with_taps(path) if taps else str(path)
         try:
             return ort.InferenceSession(model, options, providers=[provider])
-        except Exception as error:  # noqa: BLE001 - the binding raises its own unrelated classes
+        except Exception as error:
             raise TargetError(f"ONNX Runtime can't load {path.name}: {_first_line(error)}") from error
 
+
+INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger")
 
 # What a kernel may be called in the optimized file (the NHWC and com.microsoft forms compute the same integers).
 ALIASES = {
@@ -131,7 +133,7 @@ def _with_taps(path: Path) -> bytes:
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear" and node.output[0].endswith(QUANTIZED):
             model.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _first_line(error: Exception) -> str:
@@ -171,6 +173,6 @@ class _OrtSession(Session):
     def _run(self, names: list[str], feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         try:
             results: list[np.ndarray[Any, Any]] = self.session.run(names, feeds)
-        except Exception as error:  # noqa: BLE001 - the binding raises its own unrelated classes
+        except Exception as error:
             raise TargetError(f"ONNX Runtime failed while running: {_first_line(error)}") from error
         return results

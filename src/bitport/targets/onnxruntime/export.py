@@ -22,7 +22,7 @@ from ...plan import Plan, lower
 from ...plan.capture import capture
 from ...plan.lower import QUANTIZED
 from ...plan.ops import DEQUANTIZE, QUANTIZE
-from .table import FUSED_UNASKED
+from .table import DETOURS, FUSED_UNASKED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,7 +38,13 @@ def export_model(graph: Graph, plan: Plan, path: Path, *, opset: int) -> None:
     Raises ExportError when PyTorch's exporter refuses, naming its reason.
     """
     lowered = lower(
-        graph, plan, dtype=torch.uint8, offset=U8_OFFSET, flatten_linear=True, barriers=FUSED_UNASKED
+        graph,
+        plan,
+        dtype=torch.uint8,
+        offset=U8_OFFSET,
+        flatten_linear=True,
+        barriers=FUSED_UNASKED,
+        detours=DETOURS,
     )
     program = capture(lowered, graph)
     model = _to_onnx(program, opset)
@@ -70,7 +76,7 @@ def _to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
                 optimize=True,
                 verbose=False,
             )
-    except Exception as error:  # noqa: BLE001 - the exporter raises anything; the cause is chained
+    except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(f"PyTorch's ONNX exporter refused the network: {first}") from error
     assert result is not None
@@ -120,11 +126,10 @@ def _restore_names(model: ir.Model, graph: Graph, buffers: Mapping[str, str]) ->
         taken[name] = taken.get(name, 0) + 1
         return name if taken[name] == 1 else f"{name}#{taken[name]}"
 
-    inputs = {value: spec for value, spec in zip(model.graph.inputs, graph.inputs, strict=True)}
+    inputs = dict(zip(model.graph.inputs, graph.inputs, strict=True))
     outputs = dict(zip(model.graph.outputs, graph.outputs, strict=True))
-    for value, spec in (*inputs.items(), *outputs.items()):
+    for spec in (*graph.inputs, *graph.outputs):
         taken[spec.name] = 1
-    values: dict[str, int] = {}
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         name = next((scope for scope in scopes if scope), node.op_type)
@@ -136,12 +141,11 @@ def _restore_names(model: ir.Model, graph: Graph, buffers: Mapping[str, str]) ->
                 output.name = name
             else:
                 output.name = f"{node.name}/out{index or ''}"
-    for index, (name, value) in enumerate(list(model.graph.initializers.items())):
-        del model.graph.initializers[name]
-        value.name = buffers.get(name.rpartition(".")[2], name) if buffers else name
-        value.name = f"{value.name}" if value.name not in values else f"{value.name}#{index}"
-        values[value.name] = index
-        model.graph.initializers[value.name] = value
+    for stored in list(model.graph.initializers.values()):
+        old = str(stored.name)
+        del model.graph.initializers[old]
+        stored.name = unique(buffers.get(old.removeprefix("module."), old))
+        model.graph.initializers[stored.name] = stored
     for value, spec in inputs.items():
         value.name = spec.name
         _name_axes(value, spec.shape)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from tests.fixtures_measurements import record
 
-from bitport.verify.verdict import judge, subject
+from bitport.proof.verdict import judge, subject
 
 BASE = record()
 

@@ -11,11 +11,27 @@ from ..targets._base import Inspection
 
 # Kinds that compute nothing worth a line in a report when they stay in float.
 SILENT = frozenset(
-    "identity dropout shape view transpose expand slice select squeeze unsqueeze split getitem cat stack pad cast const index".split()
+    (
+        *(
+            "identity",
+            "dropout",
+            "shape",
+            "view",
+            "transpose",
+            "expand",
+            "slice",
+            "select",
+            "squeeze",
+            "unsqueeze",
+        ),
+        *("split", "getitem", "cat", "stack", "pad", "cast", "max_pool", "const", "index"),
+    )
 )
 
 
-def integer_record(graph: Graph, plan: Plan, inspection: Inspection, macs: Mapping[str, int]) -> dict[str, Any]:
+def integer_record(
+    graph: Graph, plan: Plan, inspection: Inspection, macs: Mapping[str, int]
+) -> dict[str, Any]:
     """The `integer` section of a measurement.
 
     A multiply-accumulate counts as integer only if the runtime's own optimized file runs the operator in the
@@ -42,7 +58,10 @@ def integer_record(graph: Graph, plan: Plan, inspection: Inspection, macs: Mappi
         "macs_integer": inside,
         "macs_total": total,
         "float_ops": islands,
-        "kernels": dict(sorted(inspection.counts.items())),
+        "kernels": {
+            kind: count for kind, count in sorted(inspection.counts.items()) if kind in inspection.integer
+        },
+        "operators": dict(sorted(inspection.counts.items())),
     }
 
 
@@ -55,7 +74,9 @@ def layer_bytes(graph: Graph, plan: Plan, name: str) -> tuple[int, int]:
             continue
         value = graph.tensor(operand.tensor)
         before += value.numel() * value.element_size()
-        tie = next((t for e, t in plan.edges.items() if e.consumer == name and e.producer == operand.tensor), None)
+        tie = next(
+            (t for e, t in plan.edges.items() if e.consumer == name and e.producer == operand.tensor), None
+        )
         if tie is None:
             after += value.numel() * value.element_size()
             continue

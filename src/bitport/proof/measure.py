@@ -10,11 +10,10 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import records
@@ -32,7 +31,9 @@ from .parity import LayerError, Parity
 from .task import TaskAccumulator
 from .verdict import judge
 
-PARITY_SAMPLES = 512  # enough for a share of integers to four digits; the simulator is slower than the runtime
+PARITY_SAMPLES = (
+    512  # enough for a share of integers to four digits; the simulator is slower than the runtime
+)
 MIN_EXACT_SHARE = 0.99
 REFERENCE = "reference"
 
@@ -46,6 +47,7 @@ class Subject:
         reference: the float network folded, original weights.
         graph, plan: the compressed network.
         target: its runtime.
+        facts: what the record shall say besides (recipe, seed).
     """
 
     folder: Path
@@ -53,6 +55,7 @@ class Subject:
     graph: Graph
     plan: Plan
     target: Target
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def measure(
@@ -66,6 +69,7 @@ def measure(
     record: dict[str, Any] = {
         "schema": 1,
         "target": target.name,
+        **subject.facts,
         "model": {
             "parameters": sum(p.numel() for p in subject.reference.gm.parameters()),
             "macs": sum(macs.values()),
@@ -100,7 +104,9 @@ def _gates(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     share = parity["local"]["exact_share"]
     verdict = "holds" if share >= MIN_EXACT_SHARE else "fails"
-    return [{"name": "runtime equals simulation", "value": share, "limit": MIN_EXACT_SHARE, "verdict": verdict}]
+    return [
+        {"name": "runtime equals simulation", "value": share, "limit": MIN_EXACT_SHARE, "verdict": verdict}
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ task, parity
@@ -132,7 +138,9 @@ def _run_task(
                 simulated = parity.update(inputs)
             else:
                 simulated = simulator.run(inputs)
-            task.update(_named(subject, real), _named(subject, simulated), _named(subject, found), batch.labels)
+            task.update(
+                _named(subject, real), _named(subject, simulated), _named(subject, found), batch.labels
+            )
             if found[0].dim() >= 2 and found[0].is_floating_point():
                 agreed += int((found[0].argmax(-1) == simulated[0].argmax(-1)).sum())
                 compared += found[0].argmax(-1).numel()
@@ -182,7 +190,9 @@ def _optimizer(subject: Subject, deployed: Session, evaluation: Source) -> dict[
     return {"max_abs_difference": worst, "largest_output": span, "checked": len(inputs[0])}
 
 
-def _layers(subject: Subject, errors: Mapping[str, LayerError], macs: Mapping[str, int]) -> list[dict[str, Any]]:
+def _layers(
+    subject: Subject, errors: Mapping[str, LayerError], macs: Mapping[str, int]
+) -> list[dict[str, Any]]:
     rows = []
     for node in subject.graph.nodes():
         name = subject.graph.name(node)
@@ -205,7 +215,10 @@ def _layers(subject: Subject, errors: Mapping[str, LayerError], macs: Mapping[st
             for key in ("sqnr_db", "sqnr_runtime_db", "steps_max", "exact_share"):
                 _absent(row, key, todo.reason or "its result is not quantized")
         else:
-            row["sqnr_db"], row["sqnr_runtime_db"] = _finite(error.simulated.sqnr_db), _finite(error.runtime.sqnr_db)
+            row["sqnr_db"], row["sqnr_runtime_db"] = (
+                _finite(error.simulated.sqnr_db),
+                _finite(error.runtime.sqnr_db),
+            )
             row["steps_max"], row["exact_share"] = error.local.worst, error.local.exact_share
         rows.append(row)
     return rows
@@ -265,12 +278,14 @@ for _ in range(3):
 def _run_memory(subject: Subject) -> dict[str, Any]:
     """Peak memory of loading and running each file in a process of its own, above the level after imports."""
     shapes = [
-        [[1 if isinstance(axis, str) and not i else subject.graph.sizes.get(str(axis), 2) if isinstance(axis, str) else axis
-          for i, axis in enumerate(spec.shape)], str(spec.dtype).removeprefix("torch.")]
+        [_example_shape(subject.graph, spec.shape), str(spec.dtype).removeprefix("torch.")]
         for spec in subject.graph.inputs
-    ]  # fmt: skip
+    ]
     found: dict[str, Any] = {}
-    for key, folder in (("float_run_peak_bytes", subject.folder / REFERENCE), ("run_peak_bytes", subject.folder)):
+    for key, folder in (
+        ("float_run_peak_bytes", subject.folder / REFERENCE),
+        ("run_peak_bytes", subject.folder),
+    ):
         arguments = (
             subject.target.name, json.dumps(subject.target.options), str(folder), json.dumps(shapes),
             json.dumps(subject.target.modules),
@@ -280,3 +295,11 @@ def _run_memory(subject: Subject) -> dict[str, Any]:
         except TargetError as error:
             _absent(found, key, str(error))
     return found
+
+
+def _example_shape(graph: Graph, shape: tuple[int | str, ...]) -> list[int]:
+    """A batch of one, other symbolic axes as long as in the example the network was loaded with."""
+    return [
+        axis if isinstance(axis, int) else 1 if index == 0 else graph.sizes.get(axis, 2)
+        for index, axis in enumerate(shape)
+    ]

@@ -17,10 +17,10 @@ import pytest
 from tests import fixtures_measurements as fixtures
 
 from bitport.errors import ArtifactError
-from bitport.report import render
-from bitport.report.figures import drawn, figures
-from bitport.report.page import to_html
-from bitport.report.summary import comparison, worst_layers
+from bitport.page import render
+from bitport.page.figures import drawn, figures
+from bitport.page.page import to_html
+from bitport.page.summary import comparison, worst_layers
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m'\"&amp;</script>{{7*7}}"
 BASE = fixtures.record()

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from bitport.errors import TargetError
-from bitport.verify import memory
+from bitport.proof import memory
 
 MB = 2**20
 

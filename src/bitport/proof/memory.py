@@ -100,7 +100,7 @@ def run_memory(setup: str, run: str, arguments: Sequence[str] = (), *, timeout: 
         TargetError: the process failed, was killed or took longer than `timeout`.
     """
     request = json.dumps({"setup": setup, "run": run, "arguments": list(arguments)})
-    command = [sys.executable, "-c", "from bitport.verify.memory import _measure_here as m; m()"]
+    command = [sys.executable, "-c", "from bitport.proof.memory import _measure_here as m; m()"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     try:
         done = subprocess.run(

@@ -9,7 +9,7 @@ import torch
 from bitport.errors import DataError, MetricError
 from bitport.metrics import Metric, get
 from bitport.numerics.intervals import paired_binary
-from bitport.verify.task import TaskAccumulator, task_record
+from bitport.proof.task import TaskAccumulator, task_record
 
 CLASSES = 5
 

@@ -91,7 +91,9 @@ class Parity:
 
         def local(name: str, q: Tensor) -> Tensor:
             if name not in taps:
-                raise TargetError(f"the runtime's file has no quantized tensor for {name!r}, which the plan quantizes")
+                raise TargetError(
+                    f"the runtime's file has no quantized tensor for {name!r}, which the plan quantizes"
+                )
             # a runtime may hold the rows of a tensor flattened: the same integers in the same order
             taps[name] = taps[name].reshape(q.shape)
             self._layer(name).local.update(q, taps[name])
@@ -130,7 +132,9 @@ class Parity:
                 total.integers += part.integers
                 total.equal += part.equal
                 total.worst = max(total.worst, part.worst)
-        edges = sum(1 for tie in self.plan.edges.values() if self.plan.ties[tie].source not in ("weight", "bias"))
+        edges = sum(
+            1 for tie in self.plan.edges.values() if self.plan.ties[tie].source not in ("weight", "bias")
+        )
         return {
             "exact_share": min(local.exact_share, whole.exact_share),
             "max_steps": local.worst,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import wording
-from ..verify.verdict import metric_label
+from ..proof.verdict import metric_label
 
 Record = Mapping[str, Any]
 

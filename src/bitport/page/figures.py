@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import wording
-from ..verify.verdict import metric_label
+from ..proof.verdict import metric_label
 from .summary import section, sqnr
 
 Record = Mapping[str, Any]

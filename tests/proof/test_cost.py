@@ -11,7 +11,7 @@ from torch import nn
 
 from bitport.errors import ArtifactError, GraphError
 from bitport.frontends.pytorch import load_module
-from bitport.verify import cost
+from bitport.proof import cost
 
 
 class Clock:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from .. import records, wording
 from ..errors import ArtifactError
-from ..verify.verdict import judge, metric_label, subject
+from ..proof.verdict import judge, metric_label, subject
 from .figures import drawn, figures
 from .summary import Row, comparison, reason, section, sqnr
 
