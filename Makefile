@@ -43,7 +43,7 @@ imports: $(VENV)/lint.stamp
 	$(BIN)/lint-imports
 
 bench: $(VENV)/core.stamp
-	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.run --write docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -38,13 +38,15 @@ def execute(
     flat_inputs: Sequence[Any],
     on_value: Callable[[fx.Node, Any], Any] | None = None,
     around: Callable[[fx.Node], Any] | None = None,
+    stand_in: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Runs `gm` node by node, freeing a value as soon as its last user ran; returns the output node's
     argument.
 
     `on_value(node, value)` sees each placeholder and operator value; what it returns (unless None)
     replaces it.
-    `around(node)` gives a context manager that is entered for the node's call.
+    `around(node)` gives a context manager that is entered for the node's call; `stand_in(callable)` is called instead
+    of a module or function.
     """
     last: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()
@@ -66,6 +68,8 @@ def execute(
             if node.op == "output":
                 return args[0]
             call: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+            if stand_in is not None:
+                call = stand_in(call)
             if around is None:
                 value = call(*args, **kwargs)
             else:
@@ -133,7 +137,7 @@ def propagate(
                     )
                     for shape, dtype in zip(shapes, dtypes, strict=True)
                 ]
-            execute(gm, fakes, keep, around)
+            execute(gm, fakes, keep, around, _without_unrolling)
             for node in gm.graph.find_nodes(op="get_attr"):
                 node.meta["val"] = mode.from_tensor(fetch(gm, str(node.target)), static_shapes=True)
     except Exception as error:
@@ -147,6 +151,30 @@ def propagate(
         for module, training in modes.items():
             module.training = training
     return symbols
+
+
+def _without_unrolling(call: Any) -> Any:
+    """A recurrent module's shapes by formula: torch's decomposition would run every time step."""
+    if not isinstance(call, nn.RNNBase):
+        return call
+
+    def shapes_only(x: torch.Tensor, *states: torch.Tensor) -> Any:
+        directions = 2 if call.bidirectional else 1
+        width = call.proj_size or call.hidden_size
+        if (
+            x.dim() != 3
+            or x.shape[-1] != call.input_size
+            or x.shape[-1] != call.get_parameter("weight_ih_l0").shape[1]
+        ):
+            return call(x, *states)  # let torch say what does not fit
+        batch = x.shape[0 if call.batch_first else 1]
+        out = x.new_empty([x.shape[0], x.shape[1], directions * width])
+        hidden = x.new_empty([call.num_layers * directions, batch, width])
+        if isinstance(call, nn.LSTM):
+            return out, hidden, x.new_empty([call.num_layers * directions, batch, call.hidden_size])
+        return out, hidden
+
+    return shapes_only
 
 
 def read_shape(value: Any, symbols: Mapping[str, str]) -> Shape | None:

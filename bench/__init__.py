@@ -1,0 +1,1 @@
+"""Measured claims: `make bench`. Ratios from one run; no timed tests."""
