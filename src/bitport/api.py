@@ -18,6 +18,7 @@ from .data import Batch, Source, open_data
 from .errors import BitportError, DataError, GateFailed, LoadError, RecipeError
 from .frontends import pytorch
 from .graph import Graph
+from .graph.archive import load_pt2
 from .metrics import Metric
 from .page import render
 from .plan import Plan, decide
@@ -69,7 +70,7 @@ def load(
     if path.is_dir():
         return Artifact.load(path).original
     if path.suffix == ".pt2":
-        return pytorch.load_pt2(path, device)
+        return load_pt2(path, device)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise LoadError(
             f"{path.name} holds pickled objects, which could run code: save the network with "

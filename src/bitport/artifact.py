@@ -23,8 +23,8 @@ from torch import Tensor
 
 from . import records, registry, store
 from .errors import ArtifactError, GraphError
-from .frontends.pytorch import load_pt2, save_pt2
 from .graph import Graph
+from .graph.archive import load_pt2, save_pt2
 from .graph.simplify import simplify
 from .plan import Plan
 from .proof.measure import REFERENCE, Subject

@@ -49,7 +49,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Derived:
-    """Follows from other tensors: a "bias" is int32 at scale_x · scale_w; by "value", operand scale × attrs["value"]."""
+    """Follows from others: a "bias" is int32 at scale_x · scale_w; by "value", the operand's scale × attrs["value"]."""
 
     by: Literal["bias", "value"]
 

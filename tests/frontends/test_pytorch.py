@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitport.errors import LoadError, UnsafeFile, WeightsError
-from bitport.frontends._pt2_scan import is_plain_expression
-from bitport.frontends.pytorch import load_module, load_pt2, save_pt2
+from bitport.frontends.pytorch import load_module
+from bitport.graph._pt2_scan import is_plain_expression
+from bitport.graph.archive import load_pt2, save_pt2
 
 
 def test_the_users_model_and_random_state_are_untouched() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bitport.errors import GraphError
-from bitport.frontends.pytorch import load_module, load_pt2, save_pt2
+from bitport.frontends.pytorch import load_module
 from bitport.graph import Graph
+from bitport.graph.archive import load_pt2, save_pt2
 
 _CACHE: dict[str, tuple[nn.Module, Graph]] = {}
 

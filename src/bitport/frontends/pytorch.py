@@ -1,13 +1,10 @@
-"""The PyTorch front end: `nn.Module` or `.pt2` to a `Graph`, and a graph to `.pt2`."""
+"""The PyTorch front end: an `nn.Module` to a `Graph`. (`.pt2` files are read by `graph.archive`.)"""
 
 from __future__ import annotations
 
 import copy
-import json
 import linecache
-import logging
 import traceback
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +14,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from bitport.errors import BitportError, LoadError, WeightsError
-from bitport.frontends._pt2_scan import scanned
+from bitport.errors import BitportError, LoadError
+from bitport.graph.archive import check_weights, first_line
 from bitport.graph.export import quiet_export
 from bitport.graph.graph import META, Graph, InputSpec
 from bitport.graph.program import finish, from_program
 from bitport.graph.raise_ops import RaisedModule
-
-NAMES_FILE = "bitport.json"
 
 
 def load_module(
@@ -61,29 +56,6 @@ def _again(model: RaisedModule, device: str) -> Graph:
     known = copied.meta[META]
     inputs = [InputSpec(*item) for item in known["inputs"]]
     return finish(copied, inputs, known["notes"], known["stage"], known["sizes"])
-
-
-def check_weights(model: nn.Module) -> None:
-    """Refuses NaN or infinite parameters and statistics; other buffers (masks) may be infinite but not
-    NaN."""
-    tensors: list[tuple[str, Tensor, bool]] = [(n, p, True) for n, p in model.named_parameters()]
-    tensors += [(n, b, n.rpartition(".")[2].startswith("running_")) for n, b in model.named_buffers()]
-    for name, tensor, finite in tensors:
-        if nn.parameter.is_lazy(tensor):
-            raise LoadError(f"{name} is uninitialised: run the model once before loading it")
-        if tensor.is_complex():
-            raise LoadError(f"{name} is complex ({tensor.dtype}): only real networks can be compressed")
-        if not tensor.is_floating_point() or tensor.is_meta:
-            continue
-        data = tensor.detach()
-        if bool(torch.isfinite(data).all()):
-            continue
-        nans, infs = int(torch.isnan(data).sum()), int(torch.isinf(data).sum())
-        if nans or finite:
-            raise WeightsError(
-                f"{name} holds {nans} NaN and {infs} infinite of {tensor.numel()} values: "
-                f"train it again or repair it"
-            )
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -199,7 +171,7 @@ class _Capture:
             raise
         except Exception as error:
             raise LoadError(
-                f"the model can't be captured: {_first_line(error)}{_user_line(error)}"
+                f"the model can't be captured: {first_line(error)}{_user_line(error)}"
             ) from error
 
     def _placeholders(self, program: torch.export.ExportedProgram) -> list[str]:
@@ -255,12 +227,6 @@ def _as_dict(value: Any) -> dict[int, Any]:
     return dict(enumerate(value)) if isinstance(value, tuple | list) else {}
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reasons = [line for line in lines[1:] if line.startswith("- ")]  # torch lists violated constraints so
-    return " ".join([*lines[:1], *reasons]) or type(error).__name__
-
-
 def _user_line(error: BaseException) -> str:
     """The innermost line of code that is neither torch's nor ours."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
@@ -273,68 +239,3 @@ def _user_line(error: BaseException) -> str:
             line = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
             found = f"; at {frame.filename}:{frame.lineno}: {line}"
     return found
-
-
-# --- files
-# --------------------------------------------------------------------------------------------------------
-
-
-def save_pt2(graph: Graph, path: str | Path) -> None:
-    """Writes a graph as `.pt2`, with its names, axes and stage; no absolute path or source line is stored."""
-    extra = {
-        "schema": 1,
-        "stage": graph.stage,
-        "notes": graph.notes,
-        "inputs": [{"name": i.name, "shape": list(i.shape)} for i in graph.inputs],
-        "sizes": graph.sizes,
-    }
-    program = graph.export()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.export.save(program, str(path), extra_files={NAMES_FILE: json.dumps(extra, sort_keys=True)})
-
-
-def load_pt2(path: str | Path, device: str = "cpu") -> Graph:
-    """Reads a `.pt2` made by `save_pt2` or by plain `torch.export.save`.
-
-    Raises:
-        UnsafeFile: the file needs more than plain tensors; nothing of it was executed.
-        LoadError: it is no readable `.pt2`.
-    """
-    archive = scanned(path)
-    extra = {NAMES_FILE: ""}
-    log = logging.getLogger("torch.export")
-    level = log.level
-    try:
-        with quiet_export():
-            log.setLevel(logging.CRITICAL)  # torch logs what we raise
-            program = torch.export.load(archive, extra_files=extra)
-    except Exception as error:
-        raise LoadError(
-            f"{Path(path).name} is no readable exported program ({_first_line(error)})"
-        ) from error
-    finally:
-        log.setLevel(level)
-    known = _known(extra[NAMES_FILE])
-    notes = list(known.get("notes", ()))
-    axes: dict[tuple[str, int], str] = {}
-    for item, label in zip(known.get("inputs", ()), program.graph_signature.user_inputs, strict=False):
-        axes |= {(label, i): axis for i, axis in enumerate(item["shape"]) if isinstance(axis, str)}
-    if device != "cpu":
-        from torch.export.passes import move_to_device_pass
-
-        program = move_to_device_pass(program, device)
-    graph = from_program(program, None, axes, notes, known.get("stage", "float"))
-    check_weights(graph.gm)
-    if not known and graph.inputs and graph.inputs[0].shape and not isinstance(graph.inputs[0].shape[0], str):
-        first = graph.inputs[0]
-        graph.notes.append(f"axis 0 of {first.name!r} is fixed at {first.shape[0]}: the file was exported so")
-    return graph
-
-
-def _known(text: str | bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(text) if text else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) and found.get("schema") == 1 else {}

@@ -196,7 +196,7 @@ class _Planner:
                 value = self.graph.tensor(operand.tensor).detach()
                 if value.is_floating_point() and value.numel():
                     if not bool(torch.isfinite(value).all()) or float(value.abs().max()) > MASK_MAGNITUDE:
-                        return f"its constant operand {operand.tensor} looks like a mask : infinite or beyond {MASK_MAGNITUDE:g}"
+                        return f"its constant operand {operand.tensor} looks like a mask (beyond ±{MASK_MAGNITUDE:g})"
         return None
 
     def _absorb_clamps(self) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import records
-from ..frontends.pytorch import load_pt2, save_pt2
 from ..graph import Graph
+from ..graph.archive import load_pt2, save_pt2
 from ..plan import Plan
 from ..rules import Derived, Fixed, Free, OpRule, Ruleset, Shared, Weight
 from ..simulate import Arithmetic, Simulator

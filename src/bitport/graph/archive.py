@@ -1,0 +1,111 @@
+"""A graph as a `.pt2` file: written without traces of the machine, read without executing anything."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitport.errors import LoadError, WeightsError
+from bitport.graph._pt2_scan import scanned
+from bitport.graph.export import quiet_export
+from bitport.graph.graph import Graph
+from bitport.graph.program import from_program
+
+NAMES_FILE = "bitport.json"
+
+
+def save_pt2(graph: Graph, path: str | Path) -> None:
+    """Writes a graph as `.pt2`, with its names, axes and stage; no absolute path or source line is stored."""
+    extra = {
+        "schema": 1,
+        "stage": graph.stage,
+        "notes": graph.notes,
+        "inputs": [{"name": i.name, "shape": list(i.shape)} for i in graph.inputs],
+        "sizes": graph.sizes,
+    }
+    program = graph.export()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(program, str(path), extra_files={NAMES_FILE: json.dumps(extra, sort_keys=True)})
+
+
+def load_pt2(path: str | Path, device: str = "cpu") -> Graph:
+    """Reads a `.pt2` made by `save_pt2` or by plain `torch.export.save`.
+
+    Raises:
+        UnsafeFile: the file needs more than plain tensors; nothing of it was executed.
+        LoadError: it is no readable `.pt2`.
+    """
+    archive = scanned(path)
+    extra = {NAMES_FILE: ""}
+    log = logging.getLogger("torch.export")
+    level = log.level
+    try:
+        with quiet_export():
+            log.setLevel(logging.CRITICAL)  # torch logs what we raise
+            program = torch.export.load(archive, extra_files=extra)
+    except Exception as error:
+        raise LoadError(
+            f"{Path(path).name} is no readable exported program ({first_line(error)})"
+        ) from error
+    finally:
+        log.setLevel(level)
+    known = _known(extra[NAMES_FILE])
+    notes = list(known.get("notes", ()))
+    axes: dict[tuple[str, int], str] = {}
+    for item, label in zip(known.get("inputs", ()), program.graph_signature.user_inputs, strict=False):
+        axes |= {(label, i): axis for i, axis in enumerate(item["shape"]) if isinstance(axis, str)}
+    if device != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, device)
+    graph = from_program(program, None, axes, notes, known.get("stage", "float"))
+    check_weights(graph.gm)
+    if not known and graph.inputs and graph.inputs[0].shape and not isinstance(graph.inputs[0].shape[0], str):
+        first = graph.inputs[0]
+        graph.notes.append(f"axis 0 of {first.name!r} is fixed at {first.shape[0]}: the file was exported so")
+    return graph
+
+
+def _known(text: str | bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and found.get("schema") == 1 else {}
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuses NaN or infinite parameters and statistics; other buffers (masks) may be infinite but not
+    NaN."""
+    tensors: list[tuple[str, Tensor, bool]] = [(n, p, True) for n, p in model.named_parameters()]
+    tensors += [(n, b, n.rpartition(".")[2].startswith("running_")) for n, b in model.named_buffers()]
+    for name, tensor, finite in tensors:
+        if nn.parameter.is_lazy(tensor):
+            raise LoadError(f"{name} is uninitialised: run the model once before loading it")
+        if tensor.is_complex():
+            raise LoadError(f"{name} is complex ({tensor.dtype}): only real networks can be compressed")
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        data = tensor.detach()
+        if bool(torch.isfinite(data).all()):
+            continue
+        nans, infs = int(torch.isnan(data).sum()), int(torch.isinf(data).sum())
+        if nans or finite:
+            raise WeightsError(
+                f"{name} holds {nans} NaN and {infs} infinite of {tensor.numel()} values: "
+                f"train it again or repair it"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of torch says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [line for line in lines[1:] if line.startswith("- ")]  # torch lists violated constraints so
+    return " ".join([*lines[:1], *reasons]) or type(error).__name__
