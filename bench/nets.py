@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ class ConvNet(nn.Module):
         super().__init__()
         sizes = (3, 32, 64, 64, 128, 128)
         layers: list[nn.Module] = []
-        for index, (inside, outside) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for index, (inside, outside) in enumerate(pairwise(sizes)):
             stride = 2 if index in (1, 3) else 1
             layers += [nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
         self.features = nn.Sequential(*layers)

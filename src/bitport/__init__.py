@@ -54,7 +54,6 @@ _LAZY = {
     "compress": "api",
     "load": "api",
     "report": "api",
-    "targets": "api",
     "verify": "api",
 }
 
@@ -91,6 +90,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "targets":
+        return import_module(".targets", __name__)  # a package that can be called: always the same object
     if name in _LAZY:
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module 'bitport' has no attribute {name!r}")

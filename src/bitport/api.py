@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -133,8 +135,8 @@ def compress(
         raise RecipeError(
             "train= and teacher= need a step that trains, and this recipe has none: leave them out"
         )
-    if max_drop is not None and not max_drop >= 0:
-        raise RecipeError(f"max_drop = {max_drop}: give a number from 0 on, in the metric's unit")
+    if max_drop is not None and not 0 <= max_drop < math.inf:
+        raise RecipeError(f"max_drop = {max_drop}: give a finite number from 0 on, in the metric's unit")
     with store.Workspace(out) as workspace, torch.random.fork_rng(devices=[]):
         first = _first(judged)
         chosen = metrics.get(metric, first.labels is not None, first.labels)
@@ -163,9 +165,9 @@ def compress(
             *record["notes"],
         ]
         record["seconds"] = {"total": time.perf_counter() - started, "steps": taken, **record["seconds"]}
-        if record.get("memory") is not None:
-            record["memory"] |= {"compress_peak_bytes": peak.bytes}
-        Measurement(record).save(workspace.path / artifacts.MEASUREMENTS)
+        proof = Measurement(record)
+        proof.set("memory", "compress_peak_bytes", peak.bytes)
+        proof.save(workspace.path / artifacts.MEASUREMENTS)
         manifest = {
             "target": runtime.name,
             "target_options": runtime.options,
@@ -198,7 +200,8 @@ def verify(
     Args:
         folder: the artifact.
         data: evaluation batches or a path; default: the artifact's golden inputs, judged by agreement.
-        metric: default as in `compress`.
+        metric: default: the one that the artifact was judged by, where it is a built-in and `data` allows it; else
+            as in `compress`.
         target: run the same plan on another runtime.
 
     Raises:
@@ -211,18 +214,15 @@ def verify(
     if data is None:
         data = [Batch(artifacts.read_sample(opened.path, subject.graph))]
     judged = _source(data, subject.graph, opened.recipe, "evaluation", "optional")
-    first = _first(judged)
-    chosen = metrics.get(metric, first.labels is not None, first.labels)
     listener = progress or NullProgress()
     # a handful of golden samples can't decide the artifact's gate; data that was given can
-    limit = (
-        opened.manifest.get("max_drop") if given and chosen.name == opened.manifest.get("metric") else None
-    )
+    chosen, limit, notes = _gate(opened, _first(judged), metric, given)
     if target is None or target == opened.target.name:
         record = measure(subject, judged, chosen, limit, listener)
     else:
         with tempfile.TemporaryDirectory() as scratch:
             record = measure(_moved(opened, subject, target, Path(scratch)), judged, chosen, limit, listener)
+    record["notes"] = [*notes, *record["notes"]]
     return Measurement(record)
 
 
@@ -319,6 +319,23 @@ def _reference(graph: Graph, work: Graph) -> Graph:
     reference.gm.eval()
     registry.get("steps", "fold").simplify(reference)
     return reference
+
+
+def _gate(
+    opened: Artifact, first: Batch, metric: str | Metric | None, given: bool
+) -> tuple[Metric, float | None, list[str]]:
+    """(metric, limit, notes) to verify with: the artifact's own, unless another was asked for or it can't be."""
+    own, limit = str(opened.manifest.get("metric")), opened.manifest.get("max_drop")
+    labels = first.labels
+    if metric is None and given and own in metrics.known():
+        with contextlib.suppress(DataError):  # it needs labels and there are none
+            metric = metrics.get(own, labels is not None, labels)
+    chosen = metrics.get(metric, labels is not None, labels)
+    if not given or limit is None:
+        return chosen, None, []
+    if chosen.name != own:
+        return chosen, None, [f"the artifact's gate is on {own!r} and was not judged: give metric= and its data"]
+    return chosen, float(limit), []
 
 
 def _moved(opened: Artifact, subject: Subject, target: str, scratch: Path) -> Subject:

@@ -12,6 +12,7 @@ A target owns one `Ruleset`; `plan` decides by it and nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -122,3 +123,35 @@ class Ruleset:
         if objection is None:
             objection = self.reasons.get(op.kind, f"{self.name} has no integer kernel for {op.kind}")
         return None, objection
+
+
+# ------------------------------------------------------------------ conditions that every integer runtime shares
+
+
+def constant_parameters(graph: Graph, node: torch.fx.Node, op: Op) -> str | None:
+    """Weights and biases are rounded before anything runs, so they have to be known by then."""
+    for what, operand in zip(("weight", "bias"), op.operands[1:3], strict=False):
+        if operand is None and what == "bias":
+            continue
+        if operand is None or operand.tensor is None:
+            return f"its {what} is computed while running"
+    return None
+
+
+def zero_padding(graph: Graph, node: torch.fx.Node, op: Op) -> str | None:
+    """Padding moves integers only where the padded value is 0.0, which every format stores exactly."""
+    if op.kind == "pad" and (
+        op.attrs.get("mode", "constant") != "constant" or op.attrs.get("value") not in (0, 0.0, None)
+    ):
+        return "only padding with zeros keeps the integers"
+    return None
+
+
+def positive_factor(graph: Graph, node: torch.fx.Node, op: Op) -> str | None:
+    """A product with a constant is a change of scale, which has to be a positive number known beforehand."""
+    value = op.attrs["value"]
+    if not isinstance(value, int | float):
+        return "its factor is computed while running"
+    if not value > 0:
+        return "a factor that isn't positive turns the integers' order"
+    return None if math.isfinite(value) and 1e-9 < value < 1e9 else f"a factor of {value:g} leaves no scale"

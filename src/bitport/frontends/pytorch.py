@@ -170,9 +170,7 @@ class _Capture:
         except BitportError:
             raise
         except Exception as error:
-            raise LoadError(
-                f"the model can't be captured: {first_line(error)}{_user_line(error)}"
-            ) from error
+            raise LoadError(f"the model can't be captured: {first_line(error)}{_user_line(error)}") from error
 
     def _placeholders(self, program: torch.export.ExportedProgram) -> list[str]:
         return [str(name) for name in program.graph_signature.user_inputs]

@@ -51,9 +51,7 @@ def load_pt2(path: str | Path, device: str = "cpu") -> Graph:
             log.setLevel(logging.CRITICAL)  # torch logs what we raise
             program = torch.export.load(archive, extra_files=extra)
     except Exception as error:
-        raise LoadError(
-            f"{Path(path).name} is no readable exported program ({first_line(error)})"
-        ) from error
+        raise LoadError(f"{Path(path).name} is no readable exported program ({first_line(error)})") from error
     finally:
         log.setLevel(level)
     known = _known(extra[NAMES_FILE])

@@ -1,6 +1,7 @@
 """Rewrites that keep a network's eval-mode outputs and bring it nearer to what runtimes execute.
 
     drop_identities   dropout and no-op copies vanish
+    merge_duplicates  the same operator on the same operands is computed once
     fold_constants    what depends on no input becomes a buffer
     fold_batch_norms  BatchNorm behind a convolution or Linear goes into its weights
     split_attention   scaled_dot_product_attention becomes matmul → scale → mask → softmax → matmul
@@ -31,6 +32,7 @@ CONTRACTIONS = ("conv", "conv_transpose", "linear")
 def simplify(graph: Graph) -> None:
     """All rewrites, in the order in which they help each other. The graph's stage becomes `folded`."""
     drop_identities(graph)
+    merge_duplicates(graph)
     split_attention(graph)
     fold_constants(graph)
     fold_batch_norms(graph)
@@ -48,6 +50,22 @@ def drop_identities(graph: Graph) -> None:
             graph.gm.graph.erase_node(node)
         elif node.target is aten.view.default:
             node.target = aten.reshape.default  # without the copies a view may not be one any more
+    _clean(graph)
+
+
+def merge_duplicates(graph: Graph) -> None:
+    """One operator for several that compute the same in eval mode; exporters do so, and names would get lost."""
+    first: dict[tuple[str, str, str, str], fx.Node] = {}
+    for node in list(graph.gm.graph.nodes):
+        if node.op not in ("call_function", "call_module", "get_attr"):
+            continue
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        key = (node.op, str(node.target), repr(node.args), repr(node.kwargs))
+        kept = first.setdefault(key, node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            graph.gm.graph.erase_node(node)
     _clean(graph)
 
 

@@ -204,7 +204,9 @@ def _cards(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             wording.times(size.get("ratio")),
             "file size",
-            wording.size(size.get("compressed_bytes")) if size else reason(record, "size"),
+            reason(record, "size", "ratio")
+            if size.get("ratio") is None
+            else wording.size(size.get("compressed_bytes")),
         ),
         (
             wording.percent(integer.get("mac_share")),
@@ -218,7 +220,7 @@ def _cards(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             "equal to the simulation",
             f"furthest: {_steps(parity['max_steps'])}"
             if parity.get("max_steps") is not None
-            else reason(record, "parity"),
+            else reason(record, "parity", "exact_share"),
         ),
     ]
 

@@ -69,7 +69,9 @@ def _task(record: Record) -> list[Row]:
 def _loss(value: float, binary: bool, unit: str = "") -> str:
     """A loss in words, because nobody knows which way the sign of a drop points."""
     text = wording.change(abs(value), binary)
-    return f"{text} {unit}{'worse' if value > 0 else 'better'}" if float(text) else "no change"
+    if not text.strip("0."):
+        return "no change"
+    return f"{text} {unit}{'worse' if value > 0 else 'better'}"
 
 
 def _between(ci95: Sequence[float], binary: bool) -> str:

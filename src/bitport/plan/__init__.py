@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .decide import Override, TensorOptions, decide
+from .decide import decide
 from .lower import Lowered, lower
 from .model import NodePlan, Plan, TensorPlan
+from .options import Override, TensorOptions
 
 __all__ = ["Lowered", "NodePlan", "Override", "Plan", "TensorOptions", "TensorPlan", "decide", "lower"]

@@ -9,54 +9,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, Protocol
 
 import torch
 
-from ..errors import RecipeError, TargetError
 from ..formats import Format
 from ..graph import Edge, Graph, Op, Operand
-from ..graph.reading import output_slots, placeholders, type_name
+from ..graph.reading import output_slots, placeholders
 from ..rules import Derived, Fixed, Free, OpRule, Ruleset, Shared, Weight
 from .model import NodePlan, Plan, TensorPlan
+from .options import Override, TensorOptions, resolve
 
-CLAMPS = {"relu": None, "relu6": 6.0}
+CLAMPS: dict[str, float | None] = {"relu": None, "relu6": 6.0}  # kind → upper bound; the lower one is 0
+# Kinds whose result lies in [0, 1] anyway: a clamp loses nothing by sharing their parameters.
+UNIT_INTERVAL = ("sigmoid", "softmax", "hardsigmoid")
 # A constant operand beyond this is a mask, not a value: a range over it would leave no resolution for the rest.
 MASK_MAGNITUDE = 1e3
-
-
-@dataclass(frozen=True)
-class TensorOptions:
-    """What a recipe says of weights or of activations."""
-
-    format: str = "int8"
-    granularity: str = "tensor"
-    range: str | Mapping[str, Any] = "minmax"
-    symmetric: bool = False
-
-    def changed(self, options: Mapping[str, Any]) -> TensorOptions:
-        return TensorOptions(**{**vars(self), **options})
-
-    @property
-    def is_float(self) -> bool:
-        return Format.parse(self.format).kind == "float"
-
-
-class Override(Protocol):
-    """A recipe's exception for some operators (`recipe.Override` is one)."""
-
-    @property
-    def match(self) -> str: ...
-    @property
-    def op(self) -> str | None: ...
-    @property
-    def type(self) -> str | None: ...
-    @property
-    def weights(self) -> Mapping[str, Any] | None: ...
-    @property
-    def activations(self) -> Mapping[str, Any] | None: ...
 
 
 def decide(
@@ -105,8 +72,9 @@ class _Planner:
         self.graph, self.ruleset = graph, ruleset
         self.nodes = graph.nodes()
         self.names = {node: graph.name(node) for node in graph.gm.graph.nodes if node.op != "output"}
+        self.by_name = {name: node for node, name in self.names.items() if node.op != "get_attr"}
         self.ops: dict[torch.fx.Node, Op] = {node: graph.op(node) for node in self.nodes}
-        self.weights, self.activations = self._resolve(weights, activations, overrides)
+        self.weights, self.activations = resolve(graph, ruleset, weights, activations, overrides)
         self.default = activations
         self.rows: dict[torch.fx.Node, OpRule] = {}
         self.reasons: dict[torch.fx.Node, str] = {}
@@ -116,47 +84,6 @@ class _Planner:
         self.fixed: dict[str, tuple[float, float]] = {}
         self.scaled: dict[str, tuple[str, float]] = {}
 
-    # ------------------------------------------------------------------ options
-
-    def _resolve(
-        self, weights: TensorOptions, activations: TensorOptions, overrides: Sequence[Override]
-    ) -> tuple[dict[torch.fx.Node, TensorOptions], dict[torch.fx.Node, TensorOptions]]:
-        w = dict.fromkeys(self.nodes, weights)
-        a = dict.fromkeys(self.nodes, activations)
-        for index, override in enumerate(overrides):
-            hits = [node for node in self.nodes if self._matches(node, override)]
-            if not hits:
-                raise RecipeError(
-                    f"overrides[{index}] (match={override.match!r}, op={override.op!r}, type={override.type!r}) "
-                    "matches no operator; `bitport inspect MODEL` lists their names, operators and types"
-                )
-            for node in hits:
-                w[node] = w[node].changed(override.weights or {})
-                a[node] = a[node].changed(override.activations or {})
-        for options, allowed, what in (
-            (w, self.ruleset.weights, "weights"),
-            (a, self.ruleset.activations, "activations"),
-        ):
-            for chosen in options.values():
-                if not chosen.is_float and chosen.format not in allowed:
-                    raise TargetError(
-                        f"{self.ruleset.name} has no integer kernels for {chosen.format} {what}; "
-                        f"it holds {', '.join(allowed)} (or float32)"
-                    )
-                if what == "weights" and chosen.granularity not in self.ruleset.granularities:
-                    raise TargetError(
-                        f"{self.ruleset.name} holds weights per {' or '.join(self.ruleset.granularities)}, "
-                        f"not per {chosen.granularity}"
-                    )
-        return w, a
-
-    def _matches(self, node: torch.fx.Node, override: Override) -> bool:
-        if override.op is not None and self.ops[node].kind != override.op:
-            return False
-        if override.type is not None and type_name(self.graph, node) != override.type:
-            return False
-        return fnmatchcase(self.names[node], override.match)
-
     # ------------------------------------------------------------------ who is an integer operator
 
     def plan(self) -> Plan:
@@ -164,23 +91,28 @@ class _Planner:
         self._absorb_clamps()
         self._spread()
         self._tie()
+        while self._release_clamps():
+            self._spread()
+            self._tie()
         return self._build()
 
     def _assign_rows(self) -> None:
         for node in self.nodes:
-            op = self.ops[node]
-            if not _is_value(node) or op.kind in ("shape", "identity"):
-                continue
-            row, reason = self.ruleset.match(self.graph, node, op)
-            if row is not None and (self.weights[node].is_float or self.activations[node].is_float):
-                row, reason = None, "kept in float by the recipe"
-            if row is not None and row.role == "elementwise":
-                reason = self._mask_reason(node, op)
-                row = None if reason else row
-            if row is not None:
-                self.rows[node] = row
-            elif reason is not None:
-                self.reasons[node] = reason
+            if _is_value(node) and self.ops[node].kind not in ("shape", "identity"):
+                self._assign(node)
+
+    def _assign(self, node: torch.fx.Node) -> None:
+        op = self.ops[node]
+        row, reason = self.ruleset.match(self.graph, node, op)
+        if row is not None and (self.weights[node].is_float or self.activations[node].is_float):
+            row, reason = None, "kept in float by the recipe"
+        if row is not None and row.role == "elementwise":
+            reason = self._mask_reason(node, op)
+            row = None if reason else row
+        if row is not None:
+            self.rows[node] = row
+        elif reason is not None:
+            self.reasons[node] = reason
 
     def _mask_reason(self, node: torch.fx.Node, op: Op) -> str | None:
         users = _users(node, self.ops)
@@ -206,13 +138,48 @@ class _Planner:
             if not row.clamps or len(users) != 1 or users[0] not in self.ops:
                 continue
             follower = users[0]
-            if self.ops[follower].kind in CLAMPS and not self.activations[follower].symmetric:
+            if self.ops[follower].kind in CLAMPS:
                 if self.activations[follower].is_float:
                     continue
                 self.absorbs[node], self.absorbed[follower] = follower, node
+                if self.activations[follower] == self.default:
+                    # what a recipe says of the result of the operator holds for what now is its result
+                    self.activations[follower] = self.activations[node]
         for follower in self.absorbed:
             self.rows.pop(follower, None)
             self.reasons.pop(follower, None)
+
+    def _release_clamps(self) -> bool:
+        """Give back relus that saturation can't replace: integers shared with values beyond their bounds."""
+        released = []
+        for node, follower in self.absorbs.items():
+            root = self.ties.find(self.names[follower])
+            group = [name for name in self.ties.parent if self.ties.find(name) == root]
+            upper = CLAMPS[self.ops[follower].kind]
+            if self._options(root).symmetric or not all(self._within(name, upper) for name in group):
+                released.append(node)
+        for node in released:
+            follower = self.absorbs.pop(node)
+            del self.absorbed[follower]
+            self._assign(follower)
+        self.rows = {node: self.rows[node] for node in self.nodes if node in self.rows}
+        return bool(released)
+
+    def _within(self, name: str, upper: float | None) -> bool:
+        """Whether the values of a tensor lie in [0, upper] by construction."""
+        node = self.by_name.get(name)
+        if node is None or node.op == "placeholder":
+            if node is not None:
+                return False
+            value = self.graph.tensor(name).detach()
+            return bool((value >= 0).all()) and (upper is None or bool((value <= upper).all()))
+        row, kind = self.rows.get(node), self.ops[node].kind
+        if (row is not None and row.role == "move") or kind in UNIT_INTERVAL:
+            return True  # what a move makes is among its operands, which are in the same tie
+        if kind not in CLAMPS:
+            return False
+        bound = CLAMPS[kind]
+        return upper is None or (bound is not None and bound <= upper)
 
     def _head(self, node: torch.fx.Node) -> torch.fx.Node:
         """The node whose value leaves an operator (its absorbed relu, if any)."""
@@ -265,6 +232,10 @@ class _Planner:
             if self._owner(source) not in self.rows and source not in wanted:
                 return f"its operand {self.names[source]} is float"
         users = _users(self._head(node), self.ops)
+        if self.ops[node].kind == "getitem":
+            return None  # a part of an integer list is integers, whoever reads it
+        if self.ops[node].kind == "split" and not all(user in self.rows for user in users):
+            return "one of its parts is kept in float"
         if row.role == "elementwise" and not any(user in self.ops for user in users):
             return "its result leaves the network as float"
         if row.role == "move" and all(operand.tensor is None for operand in sources):
@@ -312,16 +283,19 @@ class _Planner:
                 self.scaled[out] = (keys[0], float(self.ops[node].attrs["value"]))
             elif isinstance(row.output, Shared):
                 roots = {self.ties.find(key) for key in keys}
-                special = [r for r in roots if r in self._special_roots()]
-                if len(roots) > 1 and special:
+                if len(roots) > 1 and self._differ(roots):
                     return node, "its operands' ranges are fixed and differ: they can't share one scale"
                 for key in keys:
                     self.ties.unite(keys[0], key)
                 self.ties.unite(keys[0], out)
         return None
 
-    def _special_roots(self) -> set[str]:
-        return {self.ties.find(name) for name in (*self.fixed, *self.scaled)}
+    def _differ(self, roots: set[str]) -> bool:
+        """Whether tensors can't share parameters: some are settled without data, and not alike."""
+        settled: dict[str, object] = {self.ties.find(name): bounds for name, bounds in self.fixed.items()}
+        settled |= {self.ties.find(name): name for name in self.scaled}
+        kinds = {settled.get(root) for root in roots}
+        return kinds != {None} and len(kinds) > 1
 
     # ------------------------------------------------------------------ the plan itself
 
@@ -441,8 +415,7 @@ class _Planner:
         return tie
 
     def _activation_tie(self, tie: str, members: Sequence[str]) -> TensorPlan:
-        producer = {self.names[n]: n for n in self.nodes}.get(tie)
-        options = self.activations[producer] if producer is not None else self.default
+        options = self._options(tie)
         fmt = Format.parse(options.format, symmetric=options.symmetric)
         for name, bounds in self.fixed.items():
             if self.ties.find(name) == tie:
@@ -451,6 +424,17 @@ class _Planner:
             if self.ties.find(name) == tie:
                 return TensorPlan(fmt, "scaled", of=(self.ties.find(source),), factor=factor)
         return TensorPlan(fmt, "measured", range=options.range, members=tuple(members))
+
+    def _options(self, tie: str) -> TensorOptions:
+        """What the recipe says of a tie: of any tensor in it, the last one in the network if several."""
+        chosen = self.default
+        for node in self.nodes:
+            if self.activations[node] != self.default and not self.activations[node].is_float:
+                if self.names[node] == tie or (
+                    self.names[node] in self.ties.parent and self.ties.find(self.names[node]) == tie
+                ):
+                    chosen = self.activations[node]
+        return chosen
 
     def _node_plans(self, float_out: set[torch.fx.Node]) -> dict[str, NodePlan]:
         plans: dict[str, NodePlan] = {}

@@ -21,6 +21,8 @@ from .model import NodePlan, Plan
 from .ops import DEQUANTIZE, QUANTIZE
 
 QUANTIZED = "/q"  # suffix of a quantized tensor's name in a model file
+# Kinds that are fused with the dequantize in front of them alone: a barrier behind them comes too late.
+FUSED_WITHOUT_QUANTIZE = frozenset({"matmul"})
 CONVOLUTIONS: dict[tuple[str, int], Callable[..., Tensor]] = {
     ("conv", 1): torch.ops.aten.conv1d.default,
     ("conv", 2): torch.ops.aten.conv2d.default,
@@ -91,6 +93,7 @@ class _Lowering:
         self.floats: dict[fx.Node, fx.Node] = {}
         self.ints: dict[fx.Node, fx.Node] = {}
         self.buffers: dict[str, fx.Node] = {}
+        self.modules: dict[str, str] = {}
         self.quantized: list[str] = []
         self.names: dict[str, str] = {}
         self.flattened: dict[fx.Node, list[fx.Node | int]] = {}
@@ -128,14 +131,16 @@ class _Lowering:
         elif todo.kernel is not None:
             self._leave(node, self._integer(node, op, name, todo))
         else:
-            new = self._copy(node, lambda n: self._read(n, name, op))
-            if (
-                op.kind in self.barriers
-                and self.plan.tie_of(name) is not None
-                and self._reads_integers(name, op)
-            ):
-                new = self._barrier(new, name)
-            self._leave(node, new)
+            self._leave(node, self._in_float(node, op, name))
+
+    def _in_float(self, node: fx.Node, op: Op, name: str) -> fx.Node:
+        """The operator in float, kept apart where the runtime would fuse it with the q/dq around it."""
+        fusible = op.kind in self.barriers and self._reads_integers(name, op)
+        if fusible and op.kind in FUSED_WITHOUT_QUANTIZE:
+            apart = {n: self._barrier(self._read(n, name, op), name) for n in (_source(op, 0),)}
+            return self._copy(node, lambda n: apart[n] if n in apart else self._read(n, name, op))
+        new = self._copy(node, lambda n: self._read(n, name, op))
+        return self._barrier(new, name) if fusible and self.plan.tie_of(name) is not None else new
 
     def _barrier(self, value: fx.Node, name: str) -> fx.Node:
         lowest = self._buffer("lowest", torch.tensor(torch.finfo(torch.float32).min))
@@ -201,7 +206,9 @@ class _Lowering:
                 reads.append(self._read(operand.node, name, op) if operand.node is not None else None)
                 continue
             integers = self._int_operand(operand, name, slot)
-            if op.kind == "linear" and slot == 0 and self.flatten_linear and self._rank(operand) > 2:
+            if op.kind == "conv" and slot == 0 and isinstance(op.attrs["padding"], str):
+                integers = self._pad_unevenly(integers, op, tie, name)
+            if op.kind == "linear" and slot == 0 and self.flatten_linear and self._rank(operand) != 2:
                 out_features, width = self.graph.tensor(self._key(_present(op, 1))).shape
                 leading = [
                     self._call(f"{name}/size", torch.ops.aten.sym_size.int, (integers, axis))
@@ -229,6 +236,17 @@ class _Lowering:
             new = self._copy(node, lambda n: sources[n] if n in sources else self._read(n, name, op))
         return new
 
+    def _pad_unevenly(self, integers: fx.Node, op: Op, tie: str, name: str) -> fx.Node:
+        """`padding="same"` with an even kernel: one more zero behind than in front, as torch does."""
+        kernel = self.graph.tensor(self._key(_present(op, 1))).shape[2:]
+        pads: list[int] = []
+        for size, dilation in zip(reversed(kernel), reversed(op.attrs["dilation"]), strict=True):
+            total = dilation * (size - 1)
+            pads += [total // 2, total - total // 2]
+        _, zero_point = self.plan.ties[tie].parameters()
+        args = (integers, pads, int(zero_point) + self.offset)
+        return self._call(f"{name}/pad", torch.ops.aten.constant_pad_nd.default, args)
+
     def _no_bias(self, op: Op, name: str) -> fx.Node:
         """A bias of integer zeros: with it a Linear is one fused kernel."""
         weight = _present(op, 1)
@@ -250,10 +268,9 @@ class _Lowering:
     def _convolution(self, op: Op, name: str, reads: list[fx.Node | None]) -> fx.Node:
         a = op.attrs
         target = CONVOLUTIONS[op.kind, a["ndim"]]
-        geometry: tuple[Any, ...] = (
-            list(a["stride"]),
-            a["padding"] if isinstance(a["padding"], str) else list(a["padding"]),
-        )
+        # uneven padding was done on the integers
+        padding = [0] * a["ndim"] if isinstance(a["padding"], str) else list(a["padding"])
+        geometry: tuple[Any, ...] = (list(a["stride"]), padding)
         if op.kind == "conv_transpose":
             geometry += (list(a["output_padding"]), a["groups"], list(a["dilation"]))
         else:
@@ -360,7 +377,8 @@ class _Lowering:
     def _copy(self, node: fx.Node, read: Callable[[fx.Node], fx.Node]) -> fx.Node:
         new = self.new.node_copy(node, read)
         if node.op == "call_module":
-            target = f"m{len(list(self.root.children()))}"
+            # one copy of a module that is called twice, so that its weights are stored once
+            target = self.modules.setdefault(str(node.target), f"m{len(self.modules)}")
             module = self.graph.gm.get_submodule(str(node.target))
             self.root.add_module(target, module)
             self.names |= {

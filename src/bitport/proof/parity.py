@@ -89,6 +89,8 @@ class Parity:
         with torch.no_grad():
             self.reference.run(*inputs, on_value=keep)
 
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+
         def local(name: str, q: Tensor) -> Tensor:
             if name not in taps:
                 raise TargetError(
@@ -96,19 +98,21 @@ class Parity:
                 )
             # a runtime may hold the rows of a tensor flattened: the same integers in the same order
             taps[name] = taps[name].reshape(q.shape)
-            self._layer(name).local.update(q, taps[name])
+            found[name] = (q, taps[name])
             return taps[name]
 
-        def alone(name: str, q: Tensor) -> Tensor:
+        simulated = self.simulator.run(inputs, tap=local)
+        exact = all(torch.equal(ours, theirs) for ours, theirs in found.values())
+        for name, (ours, theirs) in found.items():
+            self._layer(name).local.update(ours, theirs)
+        if not exact:  # else the simulator has just gone the same way as it would alone
+            simulated = self.simulator.run(inputs, tap=lambda name, q: _note(found, name, q))
+        for name, (ours, theirs) in found.items():
             layer = self._layer(name)
-            layer.end_to_end.update(q, taps[name])
+            layer.end_to_end.update(ours, theirs)
             if name in reals:
-                layer.simulated.update(reals[name], self._real(name, q))
-                layer.runtime.update(reals[name], self._real(name, taps[name]))
-            return q
-
-        self.simulator.run(inputs, tap=local)
-        simulated = self.simulator.run(inputs, tap=alone)
+                layer.simulated.update(reals[name], self._real(name, ours))
+                layer.runtime.update(reals[name], self._real(name, theirs))
         for ours, theirs in zip(simulated, outputs, strict=True):
             if ours.is_floating_point() and ours.numel():
                 self.float_max_error = max(self.float_max_error, float((ours - theirs).abs().max()))
@@ -146,3 +150,9 @@ class Parity:
             "end_to_end": whole.record(),
             "float_max_error": self.float_max_error,
         }
+
+
+def _note(found: dict[str, tuple[Tensor, Tensor]], name: str, q: Tensor) -> Tensor:
+    """Put what the simulator says alone beside the runtime's integers."""
+    found[name] = (q, found[name][1])
+    return q

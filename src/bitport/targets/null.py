@@ -16,7 +16,18 @@ from .. import records
 from ..graph import Graph
 from ..graph.archive import load_pt2, save_pt2
 from ..plan import Plan
-from ..rules import Derived, Fixed, Free, OpRule, Ruleset, Shared, Weight
+from ..rules import (
+    Derived,
+    Fixed,
+    Free,
+    OpRule,
+    Ruleset,
+    Shared,
+    Weight,
+    constant_parameters,
+    positive_factor,
+    zero_padding,
+)
 from ..simulate import Arithmetic, Simulator
 from ._base import Inspection, Session, Target
 
@@ -44,6 +55,7 @@ class Null(Target):
                 "simulated",
                 "compute",
                 clamps=True,
+                when=constant_parameters,
             ),
             OpRule(
                 ("conv_transpose",),
@@ -52,6 +64,7 @@ class Null(Target):
                 "simulated",
                 "compute",
                 clamps=True,
+                when=constant_parameters,
             ),
             OpRule(("matmul",), free, Free(), "simulated", "compute"),
             OpRule(("add", "mul"), free, Free(), "simulated", "elementwise", clamps=True),
@@ -63,9 +76,9 @@ class Null(Target):
                 "elementwise",
             ),
             OpRule(("sigmoid", "softmax"), free, Fixed(0.0, 1.0), "simulated", "elementwise"),
-            OpRule(("mul_scalar",), free, Derived("value"), "none", "move", when=_positive),
+            OpRule(("mul_scalar",), free, Derived("value"), "none", "move", when=positive_factor),
             OpRule(("embedding",), (None, Shared()), Shared(), "simulated", "move"),
-            OpRule(MOVES, (Shared(),), Shared(), "simulated", "move"),
+            OpRule(MOVES, (Shared(),), Shared(), "simulated", "move", when=zero_padding),
         )
         widths = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 17))
         return Ruleset(self.name, rows, activations=widths, weights=widths)
@@ -90,10 +103,6 @@ class Null(Target):
     @property
     def executes_integers(self) -> bool:
         return False
-
-
-def _positive(graph: Graph, node: object, op: object) -> str | None:
-    return None if op.attrs["value"] > 0 else "a negative factor turns the integers' order"  # type: ignore[attr-defined]
 
 
 class _Simulated(Session):

@@ -21,7 +21,7 @@ from ...rules import Ruleset
 from ...simulate import Arithmetic
 from .._base import Inspection, Session, Target
 from .arithmetic import FLOAT_OPS, KERNELS
-from .export import U8_OFFSET, export_model
+from .export import AGAIN, U8_OFFSET, export_model
 from .table import ruleset
 
 OPSETS = range(18, 24)
@@ -119,7 +119,7 @@ ALIASES = {
 
 def _user_name(name: str) -> str:
     """ONNX Runtime appends its own suffixes to the names of nodes that it makes."""
-    return re.sub(r"(_token_\d+|_nchwc|_nhwc|_quant)+$", "", name)
+    return re.sub(rf"({AGAIN}\d+|_token_\d+|_nchwc|_nhwc|_quant)+$", "", name)
 
 
 def _with_taps(path: Path) -> bytes:

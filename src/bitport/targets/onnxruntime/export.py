@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import torch
 
 from ...errors import ExportError
 from ...graph import Graph
+from ...graph.simplify import split_attention
 from ...plan import Plan, lower
 from ...plan.capture import capture
 from ...plan.lower import QUANTIZED
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 U8_OFFSET = 128  # bitport's int8 is signed; ONNX Runtime's fast kernels want u8 = s8 + 128
+AGAIN = "~"  # before the number of a further ONNX operator that one operator of the network became
 SCOPES = "pkg.torch.onnx.name_scopes"
 EXTERNAL_ABOVE = 1 << 30  # protobuf ends at 2 GiB; leave room
 
@@ -37,6 +39,9 @@ def export_model(graph: Graph, plan: Plan, path: Path, *, opset: int) -> None:
 
     Raises ExportError when PyTorch's exporter refuses, naming its reason.
     """
+    if any(_is_flat_attention(graph, node) for node in graph.nodes()):
+        graph = graph.clone()
+        split_attention(graph)
     lowered = lower(
         graph,
         plan,
@@ -51,6 +56,11 @@ def export_model(graph: Graph, plan: Plan, path: Path, *, opset: int) -> None:
     _restore_names(model, graph, lowered.names)
     _strip(model)
     _save(model, path)
+
+
+def _is_flat_attention(graph: Graph, node: torch.fx.Node) -> bool:
+    """Attention without a heads axis, which PyTorch's exporter can't translate."""
+    return graph.op(node).kind == "sdpa" and len(graph.shape(node) or ()) != 4
 
 
 def _save(model: ir.Model, path: Path) -> None:
@@ -77,11 +87,17 @@ def _to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(f"PyTorch's ONNX exporter refused the network: {first}") from error
+        raise ExportError(f"PyTorch's ONNX exporter refused the network: {_first_cause(error)}") from error
     assert result is not None
     model: ir.Model = result.model
     return model
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong in the first place; the exporter wraps it in several layers of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -93,8 +109,10 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def dequantize(q: Any, scale: Any, zero_point: Any, axis: int) -> Any:
         return op.DequantizeLinear(q, scale, zero_point, axis=max(axis, 0))
 
-    def global_average_pool(x: Any, output_size: Any) -> Any:
-        return op.GlobalAveragePool(x)
+    def adaptive_average_pool(x: Any, output_size: Any) -> Any:
+        if all(size == 1 for size in output_size):
+            return op.GlobalAveragePool(x)
+        return _adaptive_average_pool(op, x, list(output_size))
 
     aten = torch.ops.aten
     pools = (
@@ -102,7 +120,24 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.adaptive_avg_pool2d.default,
         aten.adaptive_avg_pool3d.default,
     )
-    return {QUANTIZE: quantize, DEQUANTIZE: dequantize, **dict.fromkeys(pools, global_average_pool)}
+    return {QUANTIZE: quantize, DEQUANTIZE: dequantize, **dict.fromkeys(pools, adaptive_average_pool)}
+
+
+def _adaptive_average_pool(op: Any, x: Any, output_size: Sequence[int]) -> Any:
+    """Windows from floor(i·n/m) to ceil((i + 1)·n/m) along each axis, as torch defines them."""
+    space = list(x.shape)[2:] if x.shape is not None else []
+    if len(space) != len(output_size) or not all(isinstance(n, int) for n in space):
+        raise ExportError(
+            "adaptive average pooling needs image sizes that are fixed: load the network without dynamic ones"
+        )
+    if all(n % m == 0 for n, m in zip(space, output_size, strict=True)):
+        kernel = [n // m for n, m in zip(space, output_size, strict=True)]
+        return op.AveragePool(x, kernel_shape=kernel, strides=kernel)
+    for axis, (n, m) in enumerate(zip(space, output_size, strict=True), start=2):
+        windows = [(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
+        parts = [op.ReduceMean(op.Slice(x, [a], [b], [axis]), [axis], keepdims=1) for a, b in windows]
+        x = op.Concat(*parts, axis=axis)
+    return x
 
 
 @contextmanager
@@ -120,11 +155,13 @@ def _silence() -> Iterator[None]:
 
 
 def _restore_names(model: ir.Model, graph: Graph, buffers: Mapping[str, str]) -> None:
-    taken: dict[str, int] = {}
+    operators: dict[str, int] = {}
+    values: dict[str, int] = {}
 
-    def unique(name: str) -> str:
+    def unique(taken: dict[str, int], name: str) -> str:
+        # not `#2`: that is how the second call of a module is named
         taken[name] = taken.get(name, 0) + 1
-        return name if taken[name] == 1 else f"{name}#{taken[name]}"
+        return name if taken[name] == 1 else f"{name}{AGAIN}{taken[name]}"
 
     inputs = dict(zip(model.graph.inputs, graph.inputs, strict=True))
     outputs = dict(zip(model.graph.outputs, graph.outputs, strict=True))
@@ -133,25 +170,25 @@ def _restore_names(model: ir.Model, graph: Graph, buffers: Mapping[str, str]) ->
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         name = next((scope for scope in scopes if scope), node.op_type)
-        node.name = unique(name)
+        node.name = unique(operators, name)
         for index, output in enumerate(node.outputs):
             if output in outputs:
                 continue
             if node.op_type == "QuantizeLinear" and name.endswith(QUANTIZED):
-                output.name = name
+                output.name = unique(values, name)
             else:
-                output.name = f"{node.name}/out{index or ''}"
+                output.name = unique(values, f"{node.name}/out{index or ''}")
     for stored in list(model.graph.initializers.values()):
         old = str(stored.name)
         del model.graph.initializers[old]
-        stored.name = unique(buffers.get(old.removeprefix("module."), old))
+        stored.name = unique(values, buffers.get(old.removeprefix("module."), old))
         model.graph.initializers[stored.name] = stored
-    for value, spec in inputs.items():
-        value.name = spec.name
-        _name_axes(value, spec.shape)
-    for value, spec in outputs.items():
-        value.name = spec.name
-        _name_axes(value, spec.shape)
+    for value, name, shape in (
+        *((value, spec.name, spec.shape) for value, spec in inputs.items()),
+        *((value, spec.name, spec.shape) for value, spec in outputs.items()),
+    ):
+        value.name = name
+        _name_axes(value, shape)
 
 
 def _name_axes(value: ir.Value, shape: tuple[int | str, ...]) -> None:

@@ -231,6 +231,8 @@ FLOAT_OPS: dict[str, Callable[..., Tensor]] = {
 
 def ordered_sum(x: Tensor) -> Tensor:
     """float32 sum along the last dimension, one element after the other. x: [..., n]. Returns [...]."""
+    if not x.shape[-1]:
+        return x.sum(-1)
     return torch.from_numpy(np.add.accumulate(x.detach().cpu().numpy(), axis=-1)[..., -1].copy()).to(x.device)
 
 

@@ -10,7 +10,18 @@ import math
 from torch import fx
 
 from ...graph import Graph, Op
-from ...rules import Derived, Fixed, Free, OpRule, Ruleset, Shared, Weight
+from ...rules import (
+    Derived,
+    Fixed,
+    Free,
+    OpRule,
+    Ruleset,
+    Shared,
+    Weight,
+    constant_parameters,
+    positive_factor,
+    zero_padding,
+)
 from .._base import has_integer_dot_product
 
 INT32_LIMIT = 2**31 - 1
@@ -43,9 +54,10 @@ REASONS = {
 
 
 def _contraction(graph: Graph, node: fx.Node, op: Op) -> str | None:
+    objection = constant_parameters(graph, node, op)
     weight = op.operands[1]
-    if weight is None or weight.tensor is None:
-        return "its weight is computed while running"
+    if objection is not None or weight is None or weight.tensor is None:
+        return objection
     if op.kind == "conv" and op.attrs.get("padding_mode", "zeros") != "zeros":
         return f"{op.attrs['padding_mode']} padding has no integer kernel"
     terms = math.prod(graph.tensor(weight.tensor).shape[1:])
@@ -60,18 +72,6 @@ def _plain_add(graph: Graph, node: fx.Node, op: Op) -> str | None:
         if op.attrs.get("alpha", 1) == 1
         else f"add with alpha = {op.attrs['alpha']} has no integer kernel"
     )
-
-
-def _zero_pad(graph: Graph, node: fx.Node, op: Op) -> str | None:
-    if op.kind == "pad" and (
-        op.attrs.get("mode", "constant") != "constant" or op.attrs.get("value") not in (0, 0.0, None)
-    ):
-        return "only padding with zeros keeps the integers"
-    return None
-
-
-def _positive(graph: Graph, node: fx.Node, op: Op) -> str | None:
-    return None if op.attrs["value"] > 0 else "a factor that isn't positive turns the integers' order"
 
 
 def ruleset() -> Ruleset:
@@ -91,9 +91,9 @@ def ruleset() -> Ruleset:
         OpRule(("leaky_relu",), (Free(),), Free(), "QLinearLeakyRelu", "elementwise"),
         OpRule(("sigmoid",), (Free(),), Fixed(0.0, 1.0), "QLinearSigmoid", "elementwise"),
         OpRule(("relu",), (Free(),), Free(), "QuantizeLinear", "elementwise"),
-        OpRule(("mul_scalar",), (Free(),), Derived("value"), "", "move", when=_positive),
+        OpRule(("mul_scalar",), (Free(),), Derived("value"), "", "move", when=positive_factor),
         OpRule(("embedding",), (None, Shared()), Shared(), "Gather", "move"),
-        OpRule(MOVES, (Shared(),), Shared(), "", "move", when=_zero_pad),
+        OpRule(MOVES, (Shared(),), Shared(), "", "move", when=zero_padding),
     )  # fmt: skip
     return Ruleset(
         "onnxruntime",
@@ -113,5 +113,8 @@ DETOURS = frozenset({"max_pool"})
 
 # Kinds that ONNX Runtime fuses whenever they stand between a dequantize and a quantize, wanted or not.
 FUSED_UNASKED = frozenset(
-    {"softmax", "sigmoid", "leaky_relu", "avg_pool", "global_avg_pool", "add", "mul", "matmul"}
+    {
+        "softmax", "sigmoid", "leaky_relu", "avg_pool", "adaptive_avg_pool", "global_avg_pool", "add", "mul",
+        "matmul",
+    }  # fmt: skip
 )
