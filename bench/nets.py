@@ -17,7 +17,11 @@ class ConvNet(nn.Module):
         layers: list[nn.Module] = []
         for index, (inside, outside) in enumerate(pairwise(sizes)):
             stride = 2 if index in (1, 3) else 1
-            layers += [nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
+            layers += [
+                nn.Conv2d(inside, outside, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(outside),
+                nn.ReLU(),
+            ]
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(128, 10)
 

@@ -48,7 +48,9 @@ def speed(make: type[nn.Module], size: int = 64) -> Row:
     low, high = record["latency.ci95"]
     value = f"{record['latency.speedup']:.2f}× ({low:.2f}–{high:.2f}), {record['latency.float_ms']:.2f} ms → "
     value += f"{record['latency.compressed_ms']:.2f} ms; file {record['size.ratio']:.2f}×"
-    return Row(f"int8 against float, {make.__name__}, 1×3×{size}×{size}", value, "≥ 2.5×" if make is ConvNet else "")
+    return Row(
+        f"int8 against float, {make.__name__}, 1×3×{size}×{size}", value, "≥ 2.5×" if make is ConvNet else ""
+    )
 
 
 def calibration() -> list[Row]:

@@ -162,7 +162,7 @@ def test_calibration_samples_among_the_evaluation_data_are_told(tmp_path: Path) 
 
 @pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
 def test_limits_that_mean_nothing_are_refused(tmp_path: Path, bad: float) -> None:
-    with pytest.raises(RecipeError, match="max_drop = .*in the metric's unit"):
+    with pytest.raises(RecipeError, match=r"max_drop = .*in the metric's unit"):
         small.compressed(tmp_path / "out", max_drop=bad)
     assert list(tmp_path.iterdir()) == []
 
@@ -374,9 +374,7 @@ def test_a_pt2_file_loads(tmp_path: Path) -> None:
     graph = bitport.load(str(tmp_path / "net.pt2"))
     x = small.patterns(6, seed=4)[0]
     torch.testing.assert_close(graph.run(x)[0], model(x))
-    artifact = bitport.compress(
-        graph, "int8", target="null", data=small.calibration(), out=tmp_path / "out"
-    )
+    artifact = bitport.compress(graph, "int8", target="null", data=small.calibration(), out=tmp_path / "out")
     assert "stem" in {row["name"] for row in artifact.measurements["layers"]}
 
 

@@ -52,6 +52,7 @@ class FakeApi(ModuleType):
                 "[red]x": {"summary": "a runtime", "available": False, "needs": "pip install x"},
             },
             "inspect": lambda *_, **__: INSPECTED,
+            "prepare": lambda *_: None,
             "run": lambda *, out, **_: fixtures.write(Path(out)),
         }
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import pkgutil
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 from click.testing import CliRunner
 from tests import small
 
@@ -19,21 +19,32 @@ from bitport import errors
 from bitport.cli import cli
 from bitport.errors import GateFailed
 
-PUBLIC = """
-Artifact ArtifactError Batch BitportError DataError ExportError Format FormatError GateFailed GraphError
-Interrupted LoadError Locked Metric MetricError MissingDependency Recipe RecipeError Tampered TargetError
-UnknownName UnsafeFile WeightsError compress load report targets verify
-""".split()
-HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "sklearn", "scipy", "plotly", "rich")
-KEYS = """
-task.metric task.float task.simulated task.runtime task.drop task.ci95 task.verdict task.samples
-parity.exact_share parity.max_steps parity.top1_agreement parity.edges
-integer.mac_share integer.float_ops
-latency.float_ms latency.compressed_ms latency.speedup latency.ci95 latency.threads latency.batch latency.verdict
-size.float_bytes size.compressed_bytes size.ratio
-memory.compress_peak_bytes memory.run_peak_bytes
-macs sparsity seconds
-""".split()
+PUBLIC = [
+    "Artifact", "ArtifactError", "Batch", "BitportError", "DataError", "ExportError", "Format",
+    "FormatError", "GateFailed", "GraphError", "Interrupted", "LoadError", "Locked", "Metric",
+    "MetricError", "MissingDependency", "Recipe", "RecipeError", "Tampered", "TargetError", "UnknownName",
+    "UnsafeFile", "WeightsError", "compress", "load", "report", "targets", "verify",
+]  # fmt: skip
+HEAVY = (
+    "torch",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "onnx_ir",
+    "sklearn",
+    "scipy",
+    "plotly",
+    "rich",
+)
+KEYS = [
+    "task.metric", "task.float", "task.simulated", "task.runtime", "task.drop", "task.ci95", "task.verdict",
+    "task.samples", "parity.exact_share", "parity.max_steps", "parity.top1_agreement", "parity.edges",
+    "integer.mac_share", "integer.float_ops", "latency.float_ms", "latency.compressed_ms",
+    "latency.speedup", "latency.ci95", "latency.threads", "latency.batch", "latency.verdict",
+    "size.float_bytes", "size.compressed_bytes", "size.ratio", "memory.compress_peak_bytes",
+    "memory.run_peak_bytes", "macs", "sparsity", "seconds",
+]  # fmt: skip
 TEXTS = ("manifest.json", "measurements.json", "plan.json", "recipe.toml")
 FILES = {
     "onnxruntime": {"model.onnx", "reference/model.onnx"},

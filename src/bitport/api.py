@@ -20,7 +20,7 @@ from .data import Batch, Source, open_data
 from .errors import BitportError, DataError, GateFailed, LoadError, RecipeError
 from .frontends import pytorch
 from .graph import Graph
-from .graph.archive import load_pt2
+from .graph.archive import check_weights, load_pt2
 from .metrics import Metric
 from .page import render
 from .plan import Plan, decide
@@ -118,13 +118,14 @@ def compress(
         progress: listens to long work.
 
     Raises:
+        WeightsError: parameters hold NaN or infinite values.
         GateFailed: a gate failed or is undecided; the result lies in `<out>.rejected/` with its report.
         BitportError: anything else that is wrong; `out` is as it was.
     """
     started = time.perf_counter()
     progress = progress or NullProgress()
-    explicit = Recipe.of(recipe).expand(effort)
-    runtime = make_target(target, dict(explicit.target))
+    check_weights(graph.gm)  # they may have been changed since the network was loaded
+    explicit, runtime = prepare(recipe, target, effort)
     calibration = _source(data, graph, explicit, "calibration", "ignored")
     judged = (
         _source(evaluation, graph, explicit, "evaluation", "optional")
@@ -206,7 +207,10 @@ def verify(
 
     Raises:
         Tampered: files of the folder changed since it was published.
-        TargetError: the runtime fails, or gives other outputs than the golden ones.
+        TargetError: the runtime fails.
+
+    What this machine makes of the golden inputs is told in `golden`; a difference is a note, not an error, because
+    float operators may round otherwise on another processor.
     """
     opened = Artifact.load(folder)
     subject = opened.subject()
@@ -219,18 +223,34 @@ def verify(
     chosen, limit, notes = _gate(opened, _first(judged), metric, given)
     if target is None or target == opened.target.name:
         record = measure(subject, judged, chosen, limit, listener)
+        record["golden"] = artifacts.golden(opened.path, subject.graph, opened.session)
+        if record["golden"]["max_difference"] != 0:
+            notes.append(
+                "this machine's results of the golden inputs differ from the golden outputs (see `golden`)"
+            )
     else:
         with tempfile.TemporaryDirectory() as scratch:
             record = measure(_moved(opened, subject, target, Path(scratch)), judged, chosen, limit, listener)
+        record["golden"] = None
+        record["golden_reason"] = f"the golden outputs are of {opened.target.name}, not of {target}"
     record["notes"] = [*notes, *record["notes"]]
     return Measurement(record)
 
 
 def report(folder: str | Path) -> Path:
-    """Render `report.html` of an artifact from its records; returns its path."""
-    path = render(Path(folder))
-    artifacts.refresh_report(Path(folder))
-    return path
+    """Render `report.html` of an artifact from its records; returns its path.
+
+    Raises Tampered when anything but the report changed since it was published; ArtifactError for a folder that is
+    no artifact or can't be written; Locked while another run writes to it.
+    """
+    path = Path(folder)
+    store.verify_manifest(path, besides=(artifacts.REPORT,))
+    with store.Workspace(path.resolve()) as workspace:
+        manifest = artifacts.copy_besides_report(path, workspace.path)
+        render(workspace.path)
+        artifacts.add_report(workspace.path, manifest)
+        workspace.publish()
+    return path / artifacts.REPORT
 
 
 def targets() -> dict[str, dict[str, Any]]:
@@ -281,6 +301,12 @@ def inspect(graph: Graph, target: str | None = None) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ parts
+
+
+def prepare(recipe: str | Path | Recipe, target: str, effort: str | None = None) -> tuple[Recipe, Target]:
+    """The explicit recipe, and the target with its options. Raises UnknownName, RecipeError; loads nothing."""
+    explicit = Recipe.of(recipe).expand(effort)
+    return explicit, make_target(target, dict(explicit.target))
 
 
 def _source(data: Any, graph: Graph, recipe: Recipe, role: str, labels: str) -> Source:
@@ -334,7 +360,11 @@ def _gate(
     if not given or limit is None:
         return chosen, None, []
     if chosen.name != own:
-        return chosen, None, [f"the artifact's gate is on {own!r} and was not judged: give metric= and its data"]
+        return (
+            chosen,
+            None,
+            [f"the artifact's gate is on {own!r} and was not judged: give metric= and its data"],
+        )
     return chosen, float(limit), []
 
 

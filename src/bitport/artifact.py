@@ -12,7 +12,8 @@ manifest.json         SHA-256 of every file, versions, seed, digests, inputs and
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -22,9 +23,12 @@ import torch
 from torch import Tensor
 
 from . import records, registry, store
+from .data import Batch
+from .data.batch import check_inputs, to_flat
 from .errors import ArtifactError, GraphError
 from .graph import Graph
 from .graph.archive import load_pt2, save_pt2
+from .graph.graph import InputSpec
 from .graph.simplify import simplify
 from .plan import Plan
 from .proof.measure import REFERENCE, Subject
@@ -33,7 +37,7 @@ from .records import Measurement
 from .targets._base import Session, Target
 
 GRAPH, PLAN, RECIPE, SAMPLE = "graph.pt2", "plan.json", "recipe.toml", "sample.npz"
-MEASUREMENTS = "measurements.json"
+MEASUREMENTS, REPORT = "measurements.json", "report.html"
 MANIFEST = store.MANIFEST
 SAMPLES = 16  # golden pairs kept
 
@@ -50,6 +54,12 @@ class Artifact:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = records.load(path / MANIFEST)
+        for key, kind in _FACTS.items():
+            if not isinstance(self.manifest.get(key), kind):
+                raise ArtifactError(
+                    f"{MANIFEST} of {path.name!r} has no valid {key!r}: compress the network again"
+                )
+        self._inputs, self._outputs = _specs(self.manifest["inputs"]), _specs(self.manifest["outputs"])
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -103,25 +113,38 @@ class Artifact:
         """Run the deployed file.
 
         Args:
-            inputs: a tensor, a tuple in the network's order, or a dict by input name.
+            inputs: a tensor, a tuple in the network's order, or a dict by input name; arrays do as well.
 
         Returns the output tensor, or a dict by output name where there are several.
 
-        Raises ArtifactError when inputs are missing or unknown; TargetError when the runtime fails.
+        Raises DataError when inputs are missing, unknown, or of another shape or dtype than the network takes;
+        TargetError when the runtime fails.
         """
-        names = [item["name"] for item in self.manifest["inputs"]]
-        if isinstance(inputs, dict):
-            if set(inputs) != set(names):
-                raise ArtifactError(f"inputs {sorted(inputs)} were given; the network takes {names}")
-            flat = [inputs[name] for name in names]
-        else:
-            flat = list(inputs) if isinstance(inputs, tuple | list) else [inputs]
-        if len(flat) != len(names):
-            raise ArtifactError(f"{len(flat)} inputs were given; the network takes {len(names)}: {names}")
-        outputs = self.session.run([torch.as_tensor(value) for value in flat])
+        flat, _ = to_flat(Batch(inputs), [spec.name for spec in self._inputs])
+        outputs = self.session.run(check_inputs(flat, self._inputs))
         if len(outputs) == 1:
             return outputs[0]
-        return {item["name"]: value for item, value in zip(self.manifest["outputs"], outputs, strict=True)}
+        return {spec.name: value for spec, value in zip(self._outputs, outputs, strict=True)}
+
+
+_FACTS = {"target": str, "target_options": dict, "inputs": list, "outputs": list}
+
+
+def _specs(items: list[Any]) -> list[InputSpec]:
+    """Inputs or outputs as `signature` wrote them. Raises ArtifactError."""
+    try:
+        return [InputSpec(str(item["name"]), tuple(item["shape"]), _dtype(item["dtype"])) for item in items]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{MANIFEST} lists inputs or outputs that can't be read ({error}): compress the network again"
+        ) from error
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"{name!r} is no number format")
+    return found
 
 
 def write(folder: Path, graph: Graph, original: Graph, plan: Plan, recipe: Recipe, target: Target) -> None:
@@ -159,6 +182,30 @@ def read_sample(folder: Path, graph: Graph) -> tuple[Tensor, ...]:
         return tuple(torch.from_numpy(arrays[f"input.{spec.name}"]) for spec in graph.inputs)
 
 
+def golden(folder: Path, graph: Graph, session: Session) -> dict[str, Any]:
+    """How far this machine's outputs are from the golden ones: `samples`, `max_difference`, `equal_share`.
+
+    Both are null, with the reason, where an output has another shape or isn't finite.
+    """
+    with np.load(folder / SAMPLE, allow_pickle=False) as arrays:
+        wanted = [torch.from_numpy(arrays[f"output.{spec.name}"]) for spec in graph.outputs]
+    inputs = read_sample(folder, graph)
+    found = session.run(inputs)
+    record: dict[str, Any] = {"samples": len(inputs[0]) if inputs and inputs[0].dim() else 1}
+    worst, equal, count = 0.0, 0, 0
+    for mine, theirs in zip(found, wanted, strict=True):
+        if mine.shape != theirs.shape or not bool(torch.isfinite(mine.double() - theirs.double()).all()):
+            for key in ("max_difference", "equal_share"):
+                records.absent(
+                    record, key, "an output is not finite or has another shape than the golden one"
+                )
+            return record
+        if mine.numel():
+            worst = max(worst, float((mine.double() - theirs.double()).abs().max()))
+        equal, count = equal + int((mine == theirs).sum()), count + mine.numel()
+    return {**record, "max_difference": worst, "equal_share": equal / count if count else 1.0}
+
+
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """`facts` (target, seed, digests, signature …) and the SHA-256 of every file."""
     records.dump(
@@ -177,9 +224,27 @@ def signature(graph: Graph) -> dict[str, Any]:
     }
 
 
-def refresh_report(folder: Path) -> None:
-    """Record a report that was rendered again."""
-    text = (folder / MANIFEST).read_text(encoding="utf-8")
-    manifest = json.loads(text)
-    manifest["files"]["report.html"] = records.sha256_file(folder / "report.html")
+def copy_besides_report(source: Path, place: Path) -> dict[str, Any]:
+    """Copy an artifact without its report and manifest; returns the manifest."""
+
+    def skip(folder: str, names: list[str]) -> set[str]:
+        return {REPORT, MANIFEST} & set(names) if Path(folder) == source else set()
+
+    shutil.copytree(source, place, ignore=skip, copy_function=_link, dirs_exist_ok=True)
+    manifest = records.load(source / MANIFEST)
+    records.dump(place / MANIFEST, manifest)
+    return manifest
+
+
+def add_report(folder: Path, manifest: dict[str, Any]) -> None:
+    """Put the checksum of a report that was rendered into the manifest."""
+    manifest["files"][REPORT] = records.sha256_file(folder / REPORT)
     records.dump(folder / MANIFEST, manifest)
+
+
+def _link(source: str, place: str) -> None:
+    """A second name of the same file where the file system allows it, else a copy: models are large."""
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copy2(source, place)

@@ -121,7 +121,8 @@ class Ruleset:
                 if objection is None:
                     return row, None
         if objection is None:
-            objection = self.reasons.get(op.kind, f"{self.name} has no integer kernel for {op.kind}")
+            kind = op.kind.removeprefix("other:")
+            objection = self.reasons.get(op.kind, f"{self.name} has no integer kernel for {kind}")
         return None, objection
 
 

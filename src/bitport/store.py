@@ -20,6 +20,7 @@ import shutil
 import socket
 import stat
 import time
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -141,14 +142,14 @@ def manifest(folder: str | Path) -> dict[str, str]:
     return {name: records.sha256_file(path) for name, path in _files(Path(folder)).items()}
 
 
-def verify_manifest(folder: str | Path) -> None:
-    """Hold the files of an artifact against `files` of its `manifest.json`.
+def verify_manifest(folder: str | Path, *, besides: Collection[str] = ()) -> None:
+    """Hold the files of an artifact, `besides` some, against `files` of its `manifest.json`.
 
     Raises Tampered naming changed, missing and extra files; ArtifactError for a folder that is no artifact.
     """
     place = Path(folder)
-    stated = _stated_files(place)
-    found = manifest(place)
+    stated = {name: digest for name, digest in _stated_files(place).items() if name not in besides}
+    found = {name: digest for name, digest in manifest(place).items() if name not in besides}
     faults = {
         "changed": sorted(name for name in stated.keys() & found.keys() if stated[name] != found[name]),
         "missing": sorted(stated.keys() - found.keys()),
@@ -194,6 +195,9 @@ class _Lock:
             content = os.pread(handle, 4096, 0)
             if content and not (content.startswith(_LOCK_START) or _LOCK_START.startswith(content)):
                 raise ArtifactError(f"{self._path} is in the way and is not a lock of bitport: rename it")
+            undo.callback(
+                self._path.unlink
+            )  # a full disk takes no signature; it shall not keep an empty lock
             os.ftruncate(handle, 0)
             os.pwrite(handle, _signature(), 0)
             undo.pop_all()

@@ -107,6 +107,7 @@ def compress(
     def work(progress: Progress) -> Outcome:
         from .. import api
 
+        api.prepare(recipe, target, effort)  # a wrong name is told before a large network is loaded
         graph = _load(model, progress)
         api.compress(
             graph,

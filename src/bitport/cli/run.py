@@ -45,7 +45,8 @@ def run(work: Callable[[Progress], Outcome], as_json: bool) -> NoReturn:
             with _stdout_to_stderr(), _progress(as_json) as progress:
                 outcome = work(progress)
         except GateFailed as failed:
-            click.echo(f"gate missed: {_line(str(failed))}", err=True)
+            # the verdict's sentence is in the outcome
+            click.echo(f"gate missed: the result is in {_line(shown(failed.path))}", err=True)
             outcome = replace(measured(failed.measurements, failed.path), code=GATE)
         document = (
             json.dumps(outcome.document, indent=2, sort_keys=True, allow_nan=False) if as_json else None
@@ -70,6 +71,13 @@ def measured(record: Mapping[str, Any], folder: Path) -> Outcome:
 
     verdict = record.get("verdict") or judge(record)
     return Outcome(record, lambda: terminal().summary(record, folder), HOLDS if verdict["passed"] else GATE)
+
+
+def shown(path: Path) -> str:
+    """A path as people type it: relative where it lies below the current folder."""
+    with contextlib.suppress(ValueError, OSError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
 
 
 def terminal() -> Any:

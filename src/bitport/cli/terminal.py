@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.progress import Task as RichTask
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -18,8 +20,10 @@ from .. import wording
 from ..page.summary import comparison, section, sqnr, worst_layers
 from ..progress import Progress, Task
 from ..proof.verdict import judge, subject
+from .run import shown
 
 _FILE_WIDTH = 120
+_NOTES = 3
 
 
 class _Console(Console):
@@ -73,7 +77,7 @@ def _verdict(verdict: Mapping[str, Any]) -> Text:
 def _next(record: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     if (folder / "report.html").exists():
-        found.append(("report", str(folder / "report.html")))
+        found.append(("report", shown(folder / "report.html")))
     for row in worst_layers(record):
         found.append(("worst layer", f"{row['name']} ({row['op']}, {wording.decibel(sqnr(row))})"))
     islands = section(record, "integer").get("float_ops") or ()
@@ -81,6 +85,10 @@ def _next(record: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
         first = f"{islands[0]['name']}: {islands[0]['reason']}"
         more = f" (and {len(islands) - 1} more)" if len(islands) > 1 else ""
         found.append(("in float", first + more))
+    notes = record.get("notes") or ()
+    found += [("note", note) for note in notes[:_NOTES]]
+    if len(notes) > _NOTES:
+        found.append(("", f"and {len(notes) - _NOTES} more notes in the report"))
     return found
 
 
@@ -106,7 +114,7 @@ def inspection(found: Mapping[str, Any]) -> None:
         shape = layer.get("shape")
         cells = [
             _text(layer["name"]),
-            _text(layer["op"]),
+            _text(layer["op"].removeprefix("other:")),
             _text("×".join(str(size) for size in shape) if shape is not None else ""),
             Text(wording.large(layer["parameters"]) if layer.get("parameters") else ""),
             Text(wording.large(layer["macs"]) if layer.get("macs") else ""),
@@ -158,6 +166,21 @@ def listing(kind: str, found: Mapping[str, Any]) -> None:
     console.print(table)
 
 
+class _BarWhereKnown(BarColumn):
+    """A bar needs an end; work without one has a spinner and a clock."""
+
+    def render(self, task: RichTask) -> ProgressBar | Text:  # type: ignore[override]
+        return Text("") if task.total is None else super().render(task)
+
+
+class _Done(ProgressColumn):
+    """`6/100`; `6` where nobody knows the end; nothing before the first."""
+
+    def render(self, task: RichTask) -> Text:
+        done = f"{task.completed:.0f}"
+        return Text(f"{done}/{task.total:.0f}" if task.total is not None else done if task.completed else "")
+
+
 class _Bar:
     def __init__(self, bars: Bars, number: Any) -> None:
         self._bars, self._number = bars, number
@@ -185,8 +208,8 @@ def bars() -> Iterator[Progress]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
+        _BarWhereKnown(bar_width=30),
+        _Done(),
         TimeElapsedColumn(),
     )
     console = Console(stderr=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,10 @@ NAMES_FILE = "bitport.json"
 
 
 def save_pt2(graph: Graph, path: str | Path) -> None:
-    """Writes a graph as `.pt2`, with its names, axes and stage; no absolute path or source line is stored."""
+    """Writes a graph as `.pt2`, with its names, axes and stage; no absolute path or source line is stored.
+
+    Raises OSError when the disk refuses.
+    """
     extra = {
         "schema": 1,
         "stage": graph.stage,
@@ -30,9 +34,48 @@ def save_pt2(graph: Graph, path: str | Path) -> None:
         "sizes": graph.sizes,
     }
     program = graph.export()
-    with warnings.catch_warnings():
+    with Path(path).open("wb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.export.save(program, str(path), extra_files={NAMES_FILE: json.dumps(extra, sort_keys=True)})
+        careful = _Careful(file)
+        torch.export.save(
+            program, cast("IO[bytes]", careful), extra_files={NAMES_FILE: json.dumps(extra, sort_keys=True)}
+        )
+        careful.finish()
+
+
+class _Careful(io.RawIOBase):
+    """A file for torch to write to, which keeps errors until it is asked for them.
+
+    torch's writer ends the whole process (C++ `terminate`) when it is destroyed after a write that failed or was
+    interrupted, so no error may reach it.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self._file = file
+        self._error: BaseException | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self._error is None:
+            try:
+                self._file.write(data)
+            except BaseException as error:  # noqa: BLE001 - Ctrl-C as well
+                self._error = error
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return 0  # torch rewinds what it was given; nobody reads it here
+
+    def finish(self) -> None:
+        """Raise what went wrong."""
+        if self._error is not None:
+            raise self._error
 
 
 def load_pt2(path: str | Path, device: str = "cpu") -> Graph:

@@ -91,18 +91,25 @@ def fold_constants(graph: Graph) -> None:
 
 def fold_batch_norms(graph: Graph) -> None:
     for node in graph.nodes():
-        op = graph.op(node)
-        if op.kind != "batch_norm" or op.operands[0] is None or op.operands[0].node is None:
-            continue
-        source = op.operands[0].node
-        if source.op not in ("call_module", "call_function") or len(source.users) != 1:
-            continue
-        before = graph.op(source)
-        if before.kind in CONTRACTIONS and _owns_its_weight(graph, source, before) and _has_statistics(op):
-            _fold_into(graph, source, before, op)
+        source = foldable(graph, node)
+        if source is not None:
+            _fold_into(graph, source, graph.op(source), graph.op(node))
             node.replace_all_uses_with(source)
             graph.gm.graph.erase_node(node)
     _clean(graph)
+
+
+def foldable(graph: Graph, node: fx.Node) -> fx.Node | None:
+    """The convolution or Linear that a batch normalisation can be folded into; None: it can't, or is none."""
+    op = graph.op(node)
+    if op.kind != "batch_norm" or op.operands[0] is None or op.operands[0].node is None:
+        return None
+    source = op.operands[0].node
+    if source.op not in ("call_module", "call_function") or len(source.users) != 1:
+        return None
+    before = graph.op(source)
+    fits = before.kind in CONTRACTIONS and _has_statistics(op) and _owns_its_weight(graph, source, before)
+    return source if fits else None
 
 
 def split_attention(graph: Graph) -> None:
@@ -270,6 +277,7 @@ class _Attention:
         self.graph, self.node, self.attrs = graph, node, op.attrs
         self.name = graph.name(node)
         self.q, self.k, self.v = (_node(op, slot) for slot in range(3))
+        self.rank = self.q.meta["val"].dim()
         mask = op.operands[3] if len(op.operands) > 3 else None
         self.mask = None if mask is None else mask.node
 
@@ -277,8 +285,7 @@ class _Attention:
         if self.attrs.get("enable_gqa"):
             self.k, self.v = self._repeat(self.k), self._repeat(self.v)
         width = self.q.meta["val"].shape[-1]
-        scale = self.attrs.get("scale")
-        rank = self.k.meta["val"].dim()
+        scale, rank = self.attrs.get("scale"), self.rank
         keys = self._new("keys", aten.transpose.int, self.k, rank - 2, rank - 1)
         # the constant scales the queries, not the scores: a factor on integers is free, one on scores is not
         factor = 1.0 / math.sqrt(int(width)) if scale is None else scale
@@ -291,8 +298,8 @@ class _Attention:
     def _masked(self, scores: fx.Node) -> fx.Node:
         mask = self.mask
         if self.attrs.get("is_causal"):
-            rows = self._new("rows", aten.sym_size.int, self.q, self.q.meta["val"].dim() - 2)
-            columns = self._new("columns", aten.sym_size.int, self.k, self.k.meta["val"].dim() - 2)
+            rows = self._new("rows", aten.sym_size.int, self.q, self.rank - 2)
+            columns = self._new("columns", aten.sym_size.int, self.k, self.rank - 2)
             full = self._new("full", aten.ones.default, [rows, columns])
             mask = self._new("causal", aten.to.dtype, self._new("tril", aten.tril.default, full), torch.bool)
         if mask is None:

@@ -105,7 +105,8 @@ def to_html(
         layer_total=len(layers),
         formats=_formats(plan),
         provenance=_provenance(record, manifest),
-        files=section(manifest or {}, "files"),
+        # not its own: a page can't hold the checksum of itself
+        files={k: v for k, v in section(manifest or {}, "files").items() if k != "report.html"},
         recipe=None if recipe is None else "\n".join(wording.plain(s, 400) for s in recipe.splitlines()),
         command=_command(record),
         why=lambda name, key=None: reason(record, name, key),

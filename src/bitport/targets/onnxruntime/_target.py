@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections import Counter
@@ -26,6 +27,11 @@ from .table import ruleset
 
 OPSETS = range(18, 24)
 QUIET = 3  # log level: errors only
+
+# From 1.29 on, official builds send the name and hashes of every model that is loaded to their maker, and keep a
+# device id in the user's home, unless this is set before the first import (Privacy.md of the package). Nobody who
+# compresses a network has agreed to that; who wants to agree sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 class OnnxRuntime(Target):

@@ -166,7 +166,7 @@ def _restore_names(model: ir.Model, graph: Graph, buffers: Mapping[str, str]) ->
     inputs = dict(zip(model.graph.inputs, graph.inputs, strict=True))
     outputs = dict(zip(model.graph.outputs, graph.outputs, strict=True))
     for reserved in (*(spec.name for spec in graph.inputs), *(spec.name for spec in graph.outputs)):
-        taken[reserved] = 1
+        values[reserved] = 1
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         name = next((scope for scope in scopes if scope), node.op_type)

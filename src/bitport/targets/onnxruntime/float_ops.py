@@ -270,7 +270,7 @@ def _root(x: Tensor) -> Tensor:
 def _lanes(x: Tensor, width: int) -> Tensor:
     """Σ of every width-th element, in order. x: [..., n]. Returns [..., width]."""
     padded = F.pad(x, (0, -x.shape[-1] % width))
-    return ordered_sum(padded.reshape(*x.shape[:-1], -1, width).transpose(-1, -2))
+    return ordered_sum(padded.reshape(*x.shape[:-1], padded.shape[-1] // width, width).transpose(-1, -2))
 
 
 def _welford(rows: Tensor) -> tuple[Tensor, Tensor]:

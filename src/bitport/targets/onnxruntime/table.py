@@ -114,7 +114,14 @@ DETOURS = frozenset({"max_pool"})
 # Kinds that ONNX Runtime fuses whenever they stand between a dequantize and a quantize, wanted or not.
 FUSED_UNASKED = frozenset(
     {
-        "softmax", "sigmoid", "leaky_relu", "avg_pool", "adaptive_avg_pool", "global_avg_pool", "add", "mul",
+        "softmax",
+        "sigmoid",
+        "leaky_relu",
+        "avg_pool",
+        "adaptive_avg_pool",
+        "global_avg_pool",
+        "add",
+        "mul",
         "matmul",
     }  # fmt: skip
 )

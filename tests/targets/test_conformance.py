@@ -1,0 +1,103 @@
+"""`bitport.testing` on the built-in targets, and that it can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from bitport import testing
+from bitport.numerics.arithmetic import Call
+from bitport.rules import Ruleset
+from bitport.simulate import Arithmetic
+from bitport.targets._base import Target
+from bitport.targets.onnxruntime import OnnxRuntime
+from bitport.testing import Case, check_target, target_cases, uncovered
+
+# `null` has no rounding of its own that ties could tell apart
+CASES = [*target_cases("onnxruntime"), *(case for case in target_cases("null") if not case.power_of_two)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.target}-{case.id}")
+def test_every_row_of_every_target(case: Case) -> None:
+    case.run()
+
+
+@pytest.mark.parametrize("target", ["null", "onnxruntime"])
+def test_every_row_has_a_tiny_network(target: str) -> None:
+    assert uncovered(target) == set()
+
+
+class OffByOne(OnnxRuntime):
+    def arithmetic(self) -> Arithmetic:
+        right = super().arithmetic()
+
+        def wrong(call: Call) -> torch.Tensor:
+            result = right.kernels["conv"](call)
+            result.flatten()[0] += 1
+            return result
+
+        return replace(right, kernels={**right.kernels, "conv": wrong})
+
+
+class RoundsAway(OnnxRuntime):
+    """Half away from zero instead of half to even: only ties tell the two apart."""
+
+    def arithmetic(self) -> Arithmetic:
+        right = super().arithmetic()
+
+        def quantize(values: torch.Tensor, out: Any) -> torch.Tensor:
+            scaled = values / out.scale
+            away = torch.sign(scaled) * torch.floor(scaled.abs() + 0.5)
+            return (away + out.zero_point).clamp(out.low, out.high).to(torch.int32)
+
+        return replace(
+            right, kernels={k: v for k, v in right.kernels.items() if k != "add"}, quantize=quantize
+        )
+
+
+class OtherKernel(OnnxRuntime):
+    def rules(self) -> Ruleset:
+        right = super().rules()
+        return replace(right, rows=tuple(replace(row, kernel="QLinearNothing") for row in right.rows))
+
+
+def use(monkeypatch: pytest.MonkeyPatch, target: type[Target]) -> None:
+    def make(name: str, options: Mapping[str, Any] | None = None) -> Target:
+        return target(options)
+
+    monkeypatch.setattr(testing, "make_target", make)
+
+
+def test_a_wrong_integer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, OffByOne)
+    with pytest.raises(AssertionError, match="conv-plain-measured: .*max_steps"):
+        Case("onnxruntime", "conv", "plain", False).run()
+    Case("onnxruntime", "linear", "rows", False).run()
+
+
+def test_power_of_two_scales_tell_rounding_rules_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, RoundsAway)
+    with pytest.raises(AssertionError, match="max_steps"):
+        Case("onnxruntime", "add", "residual", True).run()
+
+
+def test_a_kernel_that_does_not_run_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, OtherKernel)
+    with pytest.raises(AssertionError, match="did not fuse it into QLinearNothing: it ran as QLinearConv"):
+        Case("onnxruntime", "conv", "plain", False).run()
+
+
+def test_all_failures_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, OtherKernel)
+    plain = {"plain": testing.SPECIMENS["conv"]["plain"]}
+    monkeypatch.setattr(testing, "SPECIMENS", {"conv": plain})
+    with pytest.raises(AssertionError) as caught:
+        check_target("onnxruntime")
+    message = str(caught.value)
+    assert message.startswith("3 failures in 2 cases of 'onnxruntime'")
+    assert "no tiny network for: " in message and "embedding" in message
+    assert "conv-plain-measured" in message and "conv-plain-ties" in message
