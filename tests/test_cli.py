@@ -125,7 +125,7 @@ def test_compress_passes_files_names_and_limits_on(api: FakeApi, tmp_path: Path)
         "best",
     )
     assert result.exit_code == 0, result.stderr
-    (_, loaded, _), (_, args, kwargs) = api.calls
+    (_, prepared, _), (_, loaded, _), (_, args, kwargs) = api.calls
     assert loaded == ("net.pt2",)
     assert args == (("graph", "net.pt2"), "int8")
     assert isinstance(kwargs.pop("progress"), NullProgress)
@@ -297,7 +297,7 @@ def test_a_failed_gate_is_3_and_still_tells_everything(api: FakeApi) -> None:
     api.answers["compress"] = fail
     result = invoke(*COMPRESS)
     assert result.exit_code == 3
-    assert "gate missed: accuracy dropped" in result.stderr
+    assert result.stderr == "gate missed: the result is in out.rejected\n"
     assert "✗ rejected: int8 on onnxruntime loses 3.00 points" in " ".join(result.stdout.split())
     as_json = invoke(*COMPRESS, "--json")
     assert as_json.exit_code == 3

@@ -143,16 +143,26 @@ def test_no_file_names_a_place_of_this_machine(which: str, request: pytest.Fixtu
     assert len([name for name in names if name.startswith(("graph.pt2/", "sample.npz/"))]) > 4
 
 
+LOCATION = re.compile(rb"[\w./-]+\.py(?:\"|'|:\d+|, line)|File \\?\"|Traceback|line \d+, in ")
+
+
+def test_the_search_finds_what_torch_writes_on_its_own(tmp_path: Path) -> None:
+    program = torch.export.export(small.tiny(), (torch.zeros(2, 1, 8, 8),))
+    torch.export.save(program, tmp_path / "plain.pt2")
+    found = [content for _, content in pieces(tmp_path)]
+    assert any(LOCATION.search(content) for content in found)
+    assert any(word.encode() in content for word in private() for content in found)
+
+
 @pytest.mark.parametrize("which", ["here", "elsewhere"])
 def test_no_file_holds_a_source_location_or_the_users_name(
     which: str, request: pytest.FixtureRequest
 ) -> None:
     folder: Path = request.getfixturevalue(which)
-    location = re.compile(rb"[\w./-]+\.py(?:\"|'|:\d+|, line)|File \\?\"|Traceback|line \d+, in ")
     for name, content in pieces(folder):
         if name == "report.html":
             content = re.sub(rb"<script.*?</script>", b"", content, flags=re.S)
-        assert location.search(content) is None, (name, location.search(content))
+        assert LOCATION.search(content) is None, (name, LOCATION.search(content))
         if name.endswith(".json"):
             assert socket.gethostname().encode() not in content, name
             if len(getpass.getuser()) > 4:

@@ -329,7 +329,7 @@ def test_formats_that_the_target_can_not_hold_are_refused(options: dict[str, Any
 
 
 def test_everything_in_float_has_nothing_to_do() -> None:
-    with pytest.raises(RecipeError, match="nothing to do.*kept in float by the recipe"):
+    with pytest.raises(RecipeError, match=r"nothing to do.*kept in float by the recipe"):
         planned(chain(), overrides=[Override(weights={"format": "float32"})])
 
 

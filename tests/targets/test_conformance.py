@@ -74,7 +74,7 @@ def use(monkeypatch: pytest.MonkeyPatch, target: type[Target]) -> None:
 
 def test_a_wrong_integer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, OffByOne)
-    with pytest.raises(AssertionError, match="conv-plain-measured: .*max_steps"):
+    with pytest.raises(AssertionError, match=r"conv-plain-measured: .*max_steps"):
         Case("onnxruntime", "conv", "plain", False).run()
     Case("onnxruntime", "linear", "rows", False).run()
 

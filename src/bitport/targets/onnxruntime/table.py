@@ -123,5 +123,5 @@ FUSED_UNASKED = frozenset(
         "add",
         "mul",
         "matmul",
-    }  # fmt: skip
+    }
 )
