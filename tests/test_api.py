@@ -214,11 +214,11 @@ def test_verify_of_the_float_recipe_on_another_target(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- recipes
 
 
-def test_a_recipe_is_a_name_a_recipe_or_a_path(tmp_path: Path) -> None:
+def test_a_recipe_is_a_name_or_a_path(tmp_path: Path) -> None:
     file = tmp_path / "int8.toml"
     file.write_text(Recipe.preset("int8").to_toml())
     plans = []
-    for index, given in enumerate(("int8", Recipe.preset("int8"), file, str(file))):
+    for index, given in enumerate(("int8", str(file))):
         artifact = small.compressed(tmp_path / f"out{index}", recipe=given)
         plans.append((artifact.path / "plan.json").read_bytes())
         assert artifact.manifest["recipe"] == "int8"
@@ -234,9 +234,9 @@ def test_the_stored_recipe_is_explicit_and_makes_the_same_again(tmp_path: Path) 
         assert (first.path / name).read_bytes() == (again.path / name).read_bytes(), name
 
 
-@pytest.mark.parametrize(("effort", "corrected"), [("fast", False), ("balanced", True), ("best", True)])
+@pytest.mark.parametrize(("effort", "corrected"), [("fast", False), ("balanced", True)])
 def test_effort_adds_steps(tmp_path: Path, effort: str, corrected: bool) -> None:
-    artifact = small.compressed(tmp_path / "out", effort=effort, target="onnxruntime")
+    artifact = small.compressed(tmp_path / "out", effort=effort)
     record = artifact.measurements
     assert [step.use for step in artifact.recipe.steps][3:] == ["correct_bias"] * corrected
     assert any("bias correction" in note for note in record["notes"]) == corrected
@@ -332,22 +332,15 @@ def test_the_random_state_survives_a_failure(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_seed_and_not_the_callers_state_decides(tmp_path: Path) -> None:
-    for index in range(2):
-        torch.manual_seed(index)
-        small.compressed(tmp_path / str(index), effort="best")
-    first, second = (small.content(tmp_path / str(index)) for index in range(2))
-    assert all(first[name] == second[name] for name in ("plan.json", "graph.pt2", "recipe.toml"))
-
-
 def test_one_graph_serves_many_runs(tmp_path: Path) -> None:
     graph = bitport.load(small.tiny(), torch.zeros(2, 1, 8, 8))
-    first = bitport.compress(graph, "int8", target="null", data=small.calibration(), out=tmp_path / "1")
-    bitport.compress(
-        graph, recipe("int4", "int6"), target="null", data=small.calibration(), out=tmp_path / "2"
-    )
-    again = bitport.compress(graph, "int8", target="null", data=small.calibration(), out=tmp_path / "3")
-    assert (first.path / "plan.json").read_bytes() == (again.path / "plan.json").read_bytes()
+    coarse = recipe("int4", "int6")
+    plans = []
+    for index, chosen in enumerate(("int8", coarse, "int8")):
+        out = tmp_path / str(index)
+        artifact = bitport.compress(graph, chosen, target="null", data=small.calibration(), out=out)
+        plans.append((artifact.path / "plan.json").read_bytes())
+    assert plans[0] == plans[2] != plans[1]
 
 
 # --------------------------------------------------------------------------------------------- loading, inspecting

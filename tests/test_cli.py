@@ -125,7 +125,7 @@ def test_compress_passes_files_names_and_limits_on(api: FakeApi, tmp_path: Path)
         "best",
     )
     assert result.exit_code == 0, result.stderr
-    (_, prepared, _), (_, loaded, _), (_, args, kwargs) = api.calls
+    _, (_, loaded, _), (_, args, kwargs) = api.calls
     assert loaded == ("net.pt2",)
     assert args == (("graph", "net.pt2"), "int8")
     assert isinstance(kwargs.pop("progress"), NullProgress)

@@ -131,7 +131,7 @@ class Trained:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "plain": (Plain, 4), "depthwise": (Depthwise, 4), "vision": (Vision, 6),
+    "plain": (Plain, 4), "depthwise": (Depthwise, 12), "vision": (Vision, 6),
 }  # fmt: skip
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from ..errors import RecipeError
 from ..graph import Graph
 from ..numerics.quantize import qparams
@@ -26,6 +28,7 @@ class Options:
     activations: Mapping[str, Any] = field(default_factory=dict)
 
 
+FINE_SCALE = 2.0**-20  # of weights that are all zero; `calibrate` raises it where a bias needs more room
 WEIGHTS = TensorOptions(format="int8", granularity="channel", range="minmax", symmetric=True)
 ACTIVATIONS = TensorOptions(format="int8", granularity="tensor", range="mse", symmetric=False)
 
@@ -52,5 +55,8 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         if tie.source == "weight":
             minimum, maximum = weight_ranges(graph.tensor(tie.members[0]).detach(), tie.format, tie.range)
             scale, zero_point = qparams(minimum, maximum, tie.format)
+            empty = (minimum == 0) & (maximum == 0)
+            # zeros fit any scale, but their bias is stored on it as well: a coarse one would round it away
+            scale = torch.where(empty, FINE_SCALE, scale)
             changed[name] = replace(tie, scale=scale, zero_point=zero_point)
     return graph, plan.with_ties(changed)
