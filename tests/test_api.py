@@ -275,6 +275,15 @@ def test_training_data_for_a_recipe_that_does_not_train_is_refused(tmp_path: Pat
         small.compressed(tmp_path / "out", train=small.evaluation())
 
 
+def test_a_device_other_than_the_processor_is_refused(tmp_path: Path) -> None:
+    graph = bitport.load(small.tiny(), torch.zeros(1, 1, 8, 8))
+    with pytest.raises(RecipeError, match="device = 'cuda'.*leave it out"):
+        bitport.compress(
+            graph, "int8", target="null", data=small.calibration(), out=tmp_path / "out", device="cuda"
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_metrics_that_can_not_be_computed(tmp_path: Path) -> None:
     def broken(outputs: Any, labels: Any) -> Tensor:
         raise ZeroDivisionError("no")

@@ -113,7 +113,7 @@ def compress(
         max_drop: the largest loss allowed, in the metric's unit; None: measured, not judged.
         out: the artifact folder: replaced whole, or left as it was.
         effort: "fast", "balanced" or "best": the steps that the recipe is expanded with.
-        device: where calibration and training run.
+        device: where calibration and training run; only "cpu" so far.
         seed: of every random choice. The caller's own random state is untouched.
         progress: listens to long work.
 
@@ -136,6 +136,8 @@ def compress(
         raise RecipeError(
             "train= and teacher= need a step that trains, and this recipe has none: leave them out"
         )
+    if device not in (None, "cpu"):
+        raise RecipeError(f"device = {device!r}: calibration runs on the CPU so far: leave it out")
     if max_drop is not None and not 0 <= max_drop < math.inf:
         raise RecipeError(f"max_drop = {max_drop}: give a finite number from 0 on, in the metric's unit")
     with store.Workspace(out) as workspace, torch.random.fork_rng(devices=[]):
@@ -147,7 +149,6 @@ def compress(
             calibration=calibration,
             reference=graph,
             overrides=explicit.overrides,
-            device=torch.device(device or "cpu"),
             seed=seed,
             progress=progress,
             notes=list(graph.notes),

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from bitport import demo
 from bitport.errors import TargetError
 from bitport.progress import NullProgress
-from bitport.proof.integer import integer_record, layer_bytes
 from bitport.proof.parity import Parity, Steps
 
 SAMPLES = 256
@@ -237,29 +236,3 @@ def test_a_tensor_that_the_runtime_does_not_show_is_an_error() -> None:
     parity = Parity(prepared.reference, prepared.plan, prepared.simulator(), Silent())  # type: ignore[arg-type]
     with pytest.raises(TargetError, match="no quantized tensor for 'x'"):
         parity.update((images(4),))
-
-
-# ------------------------------------------------------------------------------------------------ integer share
-
-
-def test_the_integer_record_counts_multiplications_and_names_islands() -> None:
-    prepared = prepare(Net(lambda m, x: m.b(F.gelu(m.a(x))), a=conv(), b=conv(8, 4)), [images(8)])
-    inspection = ship(prepared, images(4)).inspection
-    record = integer_record(prepared.work, prepared.plan, inspection, {"a": 300, "b": 100})
-    assert record["mac_share"] == 1.0 and record["macs_integer"] == record["macs_total"] == 400
-    assert record["kernels"] == {"QLinearConv": 2}
-    assert record["float_ops"] == [
-        {"name": "gelu", "op": "gelu", "reason": "ONNX Runtime has no integer GELU", "macs": 0}
-    ]
-    from dataclasses import replace
-
-    missed = replace(inspection, missed={"a": "it ran as Conv"})
-    record = integer_record(prepared.work, prepared.plan, missed, {"a": 300, "b": 100})
-    assert record["mac_share"] == 0.25
-    assert {"name": "a", "op": "conv", "reason": "it ran as Conv", "macs": 300} in record["float_ops"]
-
-
-def test_stored_bytes() -> None:
-    prepared = prepare(Net(lambda m, x: m.a(x), a=conv()), [images(8)])
-    before, after = layer_bytes(prepared.work, prepared.plan, "a")
-    assert before == 4 * (3 * 8 * 9 + 8) and after == 3 * 8 * 9 + 4 * 8 + 5 * 8

@@ -7,7 +7,7 @@
     split_attention   scaled_dot_product_attention becomes matmul → scale → mask → softmax → matmul
     normalise         a mean over all pixels is a global average pool; a softmax over one element is 1
 
-Each takes a graph and changes it; `graph.propagate()` has run when it returns.
+Each takes a graph and changes it; every operator has a shape when it returns.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def simplify(graph: Graph) -> None:
     fold_constants(graph)
     fold_batch_norms(graph)
     normalise(graph)
-    _clean(graph)
+    graph.propagate()
     graph.stage = "folded"
 
 
@@ -161,20 +161,20 @@ def replace(graph: Graph, old: fx.Node, new: fx.Node) -> None:
 
 def _clean(graph: Graph) -> None:
     graph.gm.graph.eliminate_dead_code()
-    used = {str(n.target) for n in graph.gm.graph.nodes if n.op == "call_module"}
-    for name, module in list(graph.gm.named_modules()):
-        if (
-            name
-            and name not in used
-            and not any(u.startswith(f"{name}.") for u in used)
-            and not list(module.children())
-        ):
-            if not any(
-                str(n.target).startswith(f"{name}.") for n in graph.gm.graph.find_nodes(op="get_attr")
-            ):
-                graph.gm.delete_submodule(name)
+    _delete_unused(graph)
     graph.gm.recompile()
-    graph.propagate()
+    # what was taken away changes no other shape; only new operators have none yet
+    if any("val" not in node.meta for node in graph.nodes()):
+        graph.propagate()
+
+
+def _delete_unused(graph: Graph) -> None:
+    """Modules that nothing calls and whose tensors nothing reads."""
+    read = {str(n.target) for n in graph.gm.graph.nodes if n.op in ("call_module", "get_attr")}
+    for name, module in list(graph.gm.named_modules()):
+        wanted = any(target == name or target.startswith(f"{name}.") for target in read)
+        if name and not wanted and not list(module.children()):
+            graph.gm.delete_submodule(name)
 
 
 def _node(op: Op, slot: int) -> fx.Node:

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from .. import registry
 from ..data import Source
 from ..errors import BitportError, RecipeError
@@ -47,7 +45,6 @@ class Context:
     train: Source | None = None
     evaluation: Source | None = None
     overrides: Sequence[Override] = ()
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     progress: Progress = field(default_factory=NullProgress)
     notes: list[str] = field(default_factory=list)

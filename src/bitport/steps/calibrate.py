@@ -66,7 +66,7 @@ def observe(graph: Graph, plan: Plan, context: Context, batches: int | None = No
     graph.gm.eval()
     with context.progress.task("calibrating", batches) as task, torch.no_grad():
         for batch in islice(context.calibration, batches):
-            graph.run(*(value.to(context.device) for value in batch.inputs), on_value=look)
+            graph.run(*batch.inputs, on_value=look)
             task.advance(1)
     for name, histogram in histograms.items():
         bad, seen = histogram.nonfinite, histogram.count + histogram.nonfinite
