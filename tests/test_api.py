@@ -277,7 +277,7 @@ def test_training_data_for_a_recipe_that_does_not_train_is_refused(tmp_path: Pat
 
 def test_a_device_other_than_the_processor_is_refused(tmp_path: Path) -> None:
     graph = bitport.load(small.tiny(), torch.zeros(1, 1, 8, 8))
-    with pytest.raises(RecipeError, match="device = 'cuda'.*leave it out"):
+    with pytest.raises(RecipeError, match=r"device = 'cuda'.*leave it out"):
         bitport.compress(
             graph, "int8", target="null", data=small.calibration(), out=tmp_path / "out", device="cuda"
         )
