@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from .errors import GraphError
 from .graph import Edge, Graph, Op, Operand
+from .graph.reading import made_by, present, producer_name
 from .numerics.arithmetic import Call, QSpec, QTensor, quantize
 from .plan import Plan
 from .plan.constants import constant_integers
@@ -100,9 +101,9 @@ class _Run:
         name = self.graph.name(node)
         op, todo = self.graph.op(node), self.plan.node(name)
         if todo.absorbed_by is not None:
-            self.values[node] = self.values[_producer(op.operands[0])]
+            self.values[node] = self.values[made_by(op, 0)]
         elif todo.role == "scaled":
-            source = self.values[_producer(op.operands[0])]
+            source = self.values[made_by(op, 0)]
             tie = self.plan.tie_of(name)
             assert tie is not None and isinstance(source, QTensor)
             self.values[node] = self._wrap(source.q, tie)
@@ -142,13 +143,11 @@ class _Run:
         tie = self.plan.tie_of(name)
         assert tie is not None
         if op.kind == "embedding":
-            table = self._operand(_present(op.operands[1]), name, 1)
+            table = self._operand(present(op, 1), name, 1)
             assert isinstance(table, QTensor)
-            return self._wrap(
-                torch.nn.functional.embedding(self._float(_producer(op.operands[0])), table.q), tie
-            )
+            return self._wrap(torch.nn.functional.embedding(self._float(made_by(op, 0)), table.q), tie)
         if op.kind == "getitem":
-            parts = self.values[_producer(op.operands[0])]
+            parts = self.values[made_by(op, 0)]
             return parts[op.attrs["index"]]  # type: ignore[no-any-return]
         # integers below 2^24 are exact in float32, in which every torch operator exists
         found: list[QTensor] = []
@@ -156,7 +155,7 @@ class _Run:
         def moved(source: fx.Node) -> Any:
             for slot, operand in enumerate(op.operands):
                 if operand is not None and operand.node is source:
-                    if Edge(self._key(operand), name, slot) in self.plan.edges:
+                    if Edge(producer_name(self.graph, operand), name, slot) in self.plan.edges:
                         value = self._operand(operand, name, slot)
                         assert isinstance(value, QTensor)
                         found.append(value)
@@ -218,7 +217,7 @@ class _Run:
     # ------------------------------------------------------------------ values
 
     def _operand(self, operand: Operand, consumer: str, slot: int) -> QTensor | Tensor | None:
-        key = self._key(operand)
+        key = producer_name(self.graph, operand)
         tie = self.plan.edges.get(Edge(key, consumer, slot))
         if operand.tensor is not None:
             return (
@@ -240,12 +239,6 @@ class _Run:
             return value.real
         return value.dequantize() if isinstance(value, QTensor) else value
 
-    def _key(self, operand: Operand) -> str:
-        if operand.tensor is not None:
-            return operand.tensor
-        assert operand.node is not None
-        return self.graph.name(operand.node)
-
     def _spec(self, tie: str) -> QSpec:
         scale, zero_point = self.plan.ties[tie].parameters()
         return QSpec(scale, zero_point, self.plan.ties[tie].format.low, self.plan.ties[tie].format.high)
@@ -264,13 +257,3 @@ class _Both:
 
     real: Tensor
     integers: QTensor
-
-
-def _producer(operand: Operand | None) -> fx.Node:
-    assert operand is not None and operand.node is not None
-    return operand.node
-
-
-def _present(operand: Operand | None) -> Operand:
-    assert operand is not None
-    return operand

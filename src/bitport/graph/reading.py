@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from .graph import Graph
+from .match import Op, Operand
 
 
 def placeholders(graph: Graph) -> list[fx.Node]:
@@ -30,3 +31,25 @@ def constant_names(graph: Graph) -> frozenset[str]:
     parameters = graph.gm.named_parameters(remove_duplicate=False)
     buffers = graph.gm.named_buffers(remove_duplicate=False)
     return frozenset(name for name, _ in (*parameters, *buffers))
+
+
+def producer_name(graph: Graph, operand: Operand) -> str:
+    """Who makes an operand, as an `Edge` names it: a parameter's dotted name, or a node's name."""
+    if operand.tensor is not None:
+        return operand.tensor
+    assert operand.node is not None
+    return graph.name(operand.node)
+
+
+def present(op: Op, slot: int) -> Operand:
+    """The operand in a slot that its kind always fills."""
+    operand = op.operands[slot]
+    assert operand is not None
+    return operand
+
+
+def made_by(op: Op, slot: int) -> fx.Node:
+    """The node that makes the operand of a slot."""
+    operand = present(op, slot)
+    assert operand.node is not None
+    return operand.node

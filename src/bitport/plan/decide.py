@@ -14,7 +14,7 @@ import torch
 
 from ..formats import Format
 from ..graph import Edge, Graph, Op, Operand
-from ..graph.reading import output_slots, placeholders
+from ..graph.reading import output_slots, placeholders, present, producer_name
 from ..rules import Derived, Fixed, Free, OpRule, Ruleset, Shared, Weight
 from .model import NodePlan, Plan, TensorPlan
 from .options import Override, TensorOptions, resolve
@@ -255,9 +255,6 @@ class _Planner:
 
     # ------------------------------------------------------------------ ties
 
-    def _key(self, operand: Operand) -> str:
-        return operand.tensor if operand.tensor is not None else self.names[_node(operand)]
-
     def _tie(self) -> None:
         while True:
             self.ties, self.fixed, self.scaled = _Ties(), {}, {}
@@ -276,7 +273,7 @@ class _Planner:
                 self.fixed[self.names[node]] = bounds
         for node, row in self.rows.items():
             out = self.names[self._head(node)]
-            keys = [self._key(operand) for _, operand in self._quantized_slots(node, row)]
+            keys = [producer_name(self.graph, operand) for _, operand in self._quantized_slots(node, row)]
             if isinstance(row.output, Fixed):
                 self.fixed[out] = (row.output.minimum, row.output.maximum)
             elif isinstance(row.output, Derived):
@@ -330,7 +327,7 @@ class _Planner:
                     continue
                 constraint = row.operand(slot)
                 if isinstance(constraint, Free | Shared):
-                    key = self._key(operand)
+                    key = producer_name(self.graph, operand)
                     tie = use(key, name, slot)
                     moved = (
                         operand.node is not None
@@ -340,7 +337,7 @@ class _Planner:
                     if not moved and key not in members.setdefault(tie, []):
                         members[tie].append(key)
                 elif isinstance(constraint, Weight):
-                    edges[Edge(self._key(operand), name, slot)] = self._weight_tie(
+                    edges[Edge(producer_name(self.graph, operand), name, slot)] = self._weight_tie(
                         ties, node, slot, operand, constraint
                     )
                 elif isinstance(constraint, Derived):
@@ -351,10 +348,10 @@ class _Planner:
                     use(self.names[producer], "output", index)
         for node, slot, operand in bias_edges:
             name = self.names[node]
-            x_tie = edges[Edge(self._key(_operand(self.ops[node], 0)), name, 0)]
-            w_tie = edges[Edge(self._key(_operand(self.ops[node], 1)), name, 1)]
+            x_tie = edges[Edge(producer_name(self.graph, present(self.ops[node], 0)), name, 0)]
+            w_tie = edges[Edge(producer_name(self.graph, present(self.ops[node], 1)), name, 1)]
             tie = f"{name}.bias"
-            edges[Edge(self._key(operand), name, slot)] = tie
+            edges[Edge(producer_name(self.graph, operand), name, slot)] = tie
             granular = ties[w_tie].format
             ties[tie] = TensorPlan(
                 Format.parse(
@@ -406,7 +403,7 @@ class _Planner:
         limit = self.ruleset.weight_limit
         if limit is not None and fmt.high > limit:
             fmt = fmt.with_(low=-limit, high=limit)
-        key = self._key(operand)
+        key = producer_name(self.graph, operand)
         wanted = TensorPlan(fmt, "weight", range=options.range, members=(key,))
         for tie in (key, f"{key} of {self.names[node]}"):
             # one grid for a shared parameter, unless two users want it differently
@@ -464,14 +461,3 @@ def _users(node: torch.fx.Node, ops: Mapping[torch.fx.Node, Op]) -> list[torch.f
 def _is_value(node: torch.fx.Node) -> bool:
     value = node.meta.get("val")
     return not isinstance(value, torch.Tensor) or value.is_floating_point()
-
-
-def _node(operand: Operand) -> torch.fx.Node:
-    assert operand.node is not None
-    return operand.node
-
-
-def _operand(op: Op, slot: int) -> Operand:
-    operand = op.operands[slot]
-    assert operand is not None
-    return operand

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from ..errors import GraphError
 from ..graph import Edge, Graph, Op, Operand
+from ..graph.reading import made_by, present, producer_name
 from .constants import constant_integers
 from .model import NodePlan, Plan
 from .ops import DEQUANTIZE, QUANTIZE
@@ -125,7 +126,7 @@ class _Lowering:
             new = self.floats.pop(source.node)
             self._leave(node, new)
         elif todo.role == "scaled":
-            self.ints[node] = self.ints[_source(op, 0)]
+            self.ints[node] = self.ints[made_by(op, 0)]
         elif todo.role == "move":
             self.ints[node] = self._move(node, op, name)
         elif todo.kernel is not None:
@@ -137,7 +138,7 @@ class _Lowering:
         """The operator in float, kept apart where the runtime would fuse it with the q/dq around it."""
         fusible = op.kind in self.barriers and self._reads_integers(name, op)
         if fusible and op.kind in FUSED_WITHOUT_QUANTIZE:
-            apart = {n: self._barrier(self._read(n, name, op), name) for n in (_source(op, 0),)}
+            apart = {n: self._barrier(self._read(n, name, op), name) for n in (made_by(op, 0),)}
             return self._copy(node, lambda n: apart[n] if n in apart else self._read(n, name, op))
         new = self._copy(node, lambda n: self._read(n, name, op))
         return self._barrier(new, name) if fusible and self.plan.tie_of(name) is not None else new
@@ -147,7 +148,11 @@ class _Lowering:
         return self._call(f"{name}/barrier", torch.ops.aten.maximum.default, (value, lowest))
 
     def _reads_integers(self, name: str, op: Op) -> bool:
-        reads = [Edge(self._key(o), name, slot) in self.plan.edges for slot, o in enumerate(op.operands) if o]
+        reads = [
+            Edge(producer_name(self.graph, o), name, slot) in self.plan.edges
+            for slot, o in enumerate(op.operands)
+            if o
+        ]
         return bool(reads) and all(reads)
 
     def _leave(self, node: fx.Node, new: fx.Node) -> None:
@@ -173,13 +178,13 @@ class _Lowering:
             for slot, operand in enumerate(op.operands)
             if operand is not None
             and operand.node is not None
-            and Edge(self._key(operand), name, slot) in self.plan.edges
+            and Edge(producer_name(self.graph, operand), name, slot) in self.plan.edges
         }
         if op.kind == "embedding":
             weight = op.operands[1]
             assert weight is not None
             table = self._int_operand(weight, name, 1)
-            return self._call(name, torch.ops.aten.embedding.default, (table, self.floats[_source(op, 0)]))
+            return self._call(name, torch.ops.aten.embedding.default, (table, self.floats[made_by(op, 0)]))
         if op.kind in self.detours and tie is not None:
             reals = {
                 n: self._barrier(self._dequantize(q, tie, constant=False, name=name), name)
@@ -201,7 +206,7 @@ class _Lowering:
             if operand is None:
                 reads.append(None)
                 continue
-            tie = self.plan.edges.get(Edge(self._key(operand), name, slot))
+            tie = self.plan.edges.get(Edge(producer_name(self.graph, operand), name, slot))
             if tie is None:
                 reads.append(self._read(operand.node, name, op) if operand.node is not None else None)
                 continue
@@ -209,7 +214,7 @@ class _Lowering:
             if op.kind == "conv" and slot == 0 and isinstance(op.attrs["padding"], str):
                 integers = self._pad_unevenly(integers, op, tie, name)
             if op.kind == "linear" and slot == 0 and self.flatten_linear and self._rank(operand) != 2:
-                out_features, width = self.graph.tensor(self._key(_present(op, 1))).shape
+                out_features, width = self.graph.tensor(producer_name(self.graph, present(op, 1))).shape
                 leading = [
                     self._call(f"{name}/size", torch.ops.aten.sym_size.int, (integers, axis))
                     for axis in range(self._rank(operand) - 1)
@@ -238,7 +243,7 @@ class _Lowering:
 
     def _pad_unevenly(self, integers: fx.Node, op: Op, tie: str, name: str) -> fx.Node:
         """`padding="same"` with an even kernel: one more zero behind than in front, as torch does."""
-        kernel = self.graph.tensor(self._key(_present(op, 1))).shape[2:]
+        kernel = self.graph.tensor(producer_name(self.graph, present(op, 1))).shape[2:]
         pads: list[int] = []
         for size, dilation in zip(reversed(kernel), reversed(op.attrs["dilation"]), strict=True):
             total = dilation * (size - 1)
@@ -249,11 +254,11 @@ class _Lowering:
 
     def _no_bias(self, op: Op, name: str) -> fx.Node:
         """A bias of integer zeros: with it a Linear is one fused kernel."""
-        weight = _present(op, 1)
-        w_tie = self.plan.ties[self.plan.edges[Edge(self._key(weight), name, 1)]]
-        x_tie = self.plan.ties[self.plan.edges[Edge(self._key(_present(op, 0)), name, 0)]]
+        weight = present(op, 1)
+        w_tie = self.plan.ties[self.plan.edges[Edge(producer_name(self.graph, weight), name, 1)]]
+        x_tie = self.plan.ties[self.plan.edges[Edge(producer_name(self.graph, present(op, 0)), name, 0)]]
         scale = x_tie.parameters()[0] * w_tie.parameters()[0]
-        zeros = torch.zeros(self.graph.tensor(self._key(weight)).shape[0], dtype=torch.int32)
+        zeros = torch.zeros(self.graph.tensor(producer_name(self.graph, weight)).shape[0], dtype=torch.int32)
         read = (
             self._buffer(f"{name}.bias/q", zeros),
             self._buffer(f"{name}.bias/scale", scale),
@@ -324,12 +329,6 @@ class _Lowering:
             return self._buffer(f"{tie_name}/q", q.to(torch.int8))
         return self._buffer(f"{operand.tensor}/q", (q + self.offset).to(self.dtype))
 
-    def _key(self, operand: Operand) -> str:
-        if operand.tensor is not None:
-            return operand.tensor
-        assert operand.node is not None
-        return self.graph.name(operand.node)
-
     def _rank(self, operand: Operand) -> int:
         assert operand.node is not None
         shape = self.graph.shape(operand.node)
@@ -395,15 +394,3 @@ def _named(node: fx.Node, name: str) -> fx.Node:
     """The user's name of an operator travels through export in `nn_module_stack`."""
     node.meta = {"nn_module_stack": {"": (name, "torch.nn.Module")}}
     return node
-
-
-def _source(op: Op, slot: int) -> fx.Node:
-    operand = _present(op, slot)
-    assert operand.node is not None
-    return operand.node
-
-
-def _present(op: Op, slot: int) -> Operand:
-    operand = op.operands[slot]
-    assert operand is not None
-    return operand
