@@ -275,6 +275,23 @@ def test_training_data_for_a_recipe_that_does_not_train_is_refused(tmp_path: Pat
         small.compressed(tmp_path / "out", train=small.evaluation())
 
 
+def test_an_optimizer_that_moves_integers_far_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = bitport.load(small.tiny(), torch.zeros(1, 1, 8, 8))
+    out = tmp_path / "out"
+
+    def notes() -> str:
+        artifact = bitport.compress(graph, "int8", target="onnxruntime", data=small.calibration(), out=out)
+        assert artifact.measurements["optimizer.max_steps"] <= 2  # this runtime, this network: nothing wrong
+        assert artifact.measurements["optimizer.tensor"]
+        return "\n".join(artifact.measurements["notes"])
+
+    assert "look there first" not in notes()
+    monkeypatch.setattr("bitport.proof.measure.SUSPICIOUS_STEPS", -1)
+    assert "optimizer moves integers of" in notes()
+
+
 def test_a_device_other_than_the_processor_is_refused(tmp_path: Path) -> None:
     graph = bitport.load(small.tiny(), torch.zeros(1, 1, 8, 8))
     with pytest.raises(RecipeError, match=r"device = 'cuda'.*leave it out"):
