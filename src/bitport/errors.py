@@ -30,6 +30,13 @@ from pathlib import Path
 from typing import Any
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, in one line; its type's name where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [line for line in lines[1:] if line.startswith("- ")]  # torch lists violated constraints so
+    return " ".join([*lines[:1], *reasons]) or type(error).__name__
+
+
 class BitportError(Exception):
     """Base class of everything that bitport raises on purpose."""
 

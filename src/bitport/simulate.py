@@ -190,7 +190,11 @@ class _Run:
             for operand, value in zip(op.operands, floats, strict=True)
             if operand is not None and operand.node is not None
         }
-        read = lambda source: by_node[source] if by_node.get(source) is not None else self._float(source)  # noqa: E731
+
+        def read(source: fx.Node) -> Any:
+            value = by_node.get(source)
+            return self._float(source) if value is None else value
+
         if node.op == "call_module" and any(o is not None and o.node is None for o in op.operands):
             return self._module(node, op, floats, read)
         return self._call(node, fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read))

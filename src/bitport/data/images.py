@@ -190,7 +190,8 @@ def _scaled(size: tuple[int, int], wanted: int | tuple[int, int]) -> tuple[int, 
     if not isinstance(wanted, int):
         return wanted[1], wanted[0]
     shorter = min(size)
-    return tuple(max(wanted, round(side * wanted / shorter)) for side in size)  # type: ignore[return-value]
+    width, height = (max(wanted, round(side * wanted / shorter)) for side in size)
+    return width, height
 
 
 def _one_of(table: Mapping[str, Any], key: str, allowed: Sequence[str], default: str) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from bitport.errors import BitportError, LoadError
-from bitport.graph.archive import check_weights, first_line
+from bitport.errors import BitportError, LoadError, first_line
+from bitport.graph.archive import check_weights
 from bitport.graph.export import quiet_export
 from bitport.graph.graph import META, Graph, InputSpec
 from bitport.graph.program import finish, from_program
@@ -91,7 +91,10 @@ def _example(example: Any, device: str) -> tuple[tuple[Any, ...], dict[str, Any]
             raise LoadError(
                 f"example input {where} is complex ({leaf.dtype}): only real tensors can be compressed"
             )
-    move = lambda t: t.detach().to(device)  # noqa: E731
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device)
+
     return pytree.tree_map(move, args), pytree.tree_map(move, kwargs)
 
 
@@ -194,8 +197,7 @@ class _Capture:
 
     def _dims(self, dynamic: Any) -> list[dict[int, Any]]:
         """Per flat input {axis: what was asked}; empty where the structure can't be followed."""
-        is_spec = lambda v: v is None or _is_axes(v)  # noqa: E731
-        leaves = pytree.tree_leaves(dynamic, is_leaf=is_spec)
+        leaves = pytree.tree_leaves(dynamic, is_leaf=lambda value: value is None or _is_axes(value))
         return [_as_dict(leaf) for leaf in leaves]
 
     def _say_fixed(self, dynamic: Any) -> None:

@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor, nn
 
-from bitport.errors import LoadError, WeightsError
+from bitport.errors import LoadError, WeightsError, first_line
 from bitport.graph._pt2_scan import scanned
 from bitport.graph.export import quiet_export
 from bitport.graph.graph import Graph
@@ -143,10 +143,3 @@ def check_weights(model: nn.Module) -> None:
                 f"{name} holds {nans} NaN and {infs} infinite of {tensor.numel()} values: "
                 f"train it again or repair it"
             )
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception of torch says, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reasons = [line for line in lines[1:] if line.startswith("- ")]  # torch lists violated constraints so
-    return " ".join([*lines[:1], *reasons]) or type(error).__name__

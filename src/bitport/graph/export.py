@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.fx import traceback
 from torch.utils import _pytree as pytree
 
-from bitport.errors import GraphError
+from bitport.errors import GraphError, first_line
 from bitport.graph.blocks import path_of
 from bitport.graph.match import is_shape
 from bitport.graph.shapes import execute
@@ -97,7 +97,8 @@ def _export(
                 return torch.export.export(carrier, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as caught:  # noqa: BLE001 (torch.export raises anything; all of it is reported)
             error = error or caught
-    raise GraphError(f"torch.export refuses the graph: {error}") from error
+    assert error is not None
+    raise GraphError(f"torch.export refuses the graph: {first_line(error)}") from error
 
 
 def _is_spec(value: Any) -> bool:

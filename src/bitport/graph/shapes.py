@@ -19,7 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from bitport.errors import GraphError
+from bitport.errors import GraphError, first_line
 from bitport.graph.match import is_shape, op_name
 
 aten = torch.ops.aten
@@ -145,7 +145,7 @@ def propagate(
             raise
         name = at[0].meta.get("bitport_name", at[0].name)
         raise GraphError(
-            f"{name}: shapes do not fit ({str(error).splitlines()[0]}); check the tensors that were edited"
+            f"{name}: shapes do not fit ({first_line(error)}); check the tensors that were edited"
         ) from error
     finally:
         for module, training in modes.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import traceback
 
-from ..errors import ExportError
+from ..errors import ExportError, first_line
 from ..graph import Graph
 from ..graph.export import quiet_export, strip
 from .lower import Lowered
@@ -36,8 +36,8 @@ def capture(lowered: Lowered, graph: Graph) -> torch.export.ExportedProgram:
             continue
         strip(program)
         return program
-    first = str(error).strip().splitlines()[0]
-    raise ExportError(f"torch.export refuses the quantized graph: {first}") from error
+    assert error is not None
+    raise ExportError(f"torch.export refuses the quantized graph: {first_line(error)}") from error
 
 
 class _Carrier(nn.Module):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import RecipeError, TargetError
+from ...errors import RecipeError, TargetError, first_line
 from ...graph import Graph
 from ...plan import Plan
 from ...plan.lower import QUANTIZED
@@ -112,7 +112,7 @@ class OnnxRuntime(Target):
         try:
             return ort.InferenceSession(model, options, providers=[provider])
         except Exception as error:
-            raise TargetError(f"ONNX Runtime can't load {path.name}: {_first_line(error)}") from error
+            raise TargetError(f"ONNX Runtime can't load {path.name}: {first_line(error)}") from error
 
 
 INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger")
@@ -140,10 +140,6 @@ def _with_taps(path: Path) -> bytes:
         if node.op_type == "QuantizeLinear" and node.output[0].endswith(QUANTIZED):
             model.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
     return bytes(model.SerializeToString())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class _OrtSession(Session):
@@ -180,5 +176,5 @@ class _OrtSession(Session):
         try:
             results: list[np.ndarray[Any, Any]] = self.session.run(names, feeds)
         except Exception as error:
-            raise TargetError(f"ONNX Runtime failed while running: {_first_line(error)}") from error
+            raise TargetError(f"ONNX Runtime failed while running: {first_line(error)}") from error
         return results

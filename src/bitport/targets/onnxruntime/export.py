@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import ExportError
+from ...errors import ExportError, first_line
 from ...graph import Graph
 from ...graph.simplify import split_attention
 from ...plan import Plan, lower
@@ -97,7 +97,7 @@ def _first_cause(error: BaseException) -> str:
     """What went wrong in the first place; the exporter wraps it in several layers of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
