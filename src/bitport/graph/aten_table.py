@@ -242,6 +242,11 @@ def _rows() -> dict[str, Row]:
     add("linear", "linear", ("input", "weight", "bias"))
     add("matmul mm bmm", "matmul", ("self", "other"))
     add("mm bmm", "matmul", ("self", "mat2"))
+    # rows sorted by expert, [E, K, N] matrices, and where each expert's rows end
+    add("_grouped_mm", "grouped_mm", ("self", "mat2", "offs", "bias"))
+    add("transformers::grouped_mm_fallback", "grouped_mm", ("input", "weight", "offs"))
+    add("addmm", "addmm", ("mat1", "mat2", "self"), _take("alpha", "beta"))
+    add("baddbmm", "addmm", ("batch1", "batch2", "self"), _take("alpha", "beta"))
     norm = ("input", "weight", "bias")
     add(
         "batch_norm",

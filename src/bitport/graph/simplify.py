@@ -6,6 +6,7 @@
     fold_batch_norms  BatchNorm behind a convolution or Linear goes into its weights
     split_attention   scaled_dot_product_attention becomes matmul → scale → mask → softmax → matmul
     normalise         a mean over all pixels is a global average pool; a softmax over one element is 1
+    (and `products`   other spellings of a matrix product become linear and matmul)
 
 Each takes a graph and changes it; every operator has a shape when it returns.
 """
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..numerics.fold import fold_batch_norm
-from . import names
+from .editing import insert, replace
 from .graph import Graph
 from .match import Op, Operand
+from .products import linear_instead, spell_products
 from .shapes import fetch
 
 aten = torch.ops.aten
@@ -34,7 +36,11 @@ def simplify(graph: Graph) -> None:
     drop_identities(graph)
     merge_duplicates(graph)
     split_attention(graph)
+    spell_products(graph)
+    _clean(graph)
     fold_constants(graph)
+    linear_instead(graph)
+    _clean(graph)
     fold_batch_norms(graph)
     normalise(graph)
     graph.propagate()
@@ -132,31 +138,6 @@ def normalise(graph: Graph) -> None:
             new = insert(graph, node, aten.ones_like.default, (_node(op, 0),), graph.name(node))
             replace(graph, node, new)
     _clean(graph)
-
-
-# ------------------------------------------------------------------------------------------------ editing
-
-
-def insert(
-    graph: Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], name: str
-) -> fx.Node:
-    """A new operator called `name` (made unique), in front of a node and in its module's path."""
-    with graph.gm.graph.inserting_before(before):
-        node = graph.gm.graph.call_function(target, args)
-    taken = {
-        n.meta["bitport_name"] for n in graph.gm.graph.nodes if "bitport_name" in n.meta and n is not before
-    }
-    node.meta["bitport_name"] = names.unique(name, taken | {spec.name for spec in graph.inputs})
-    node.meta["bitport_path"] = before.meta.get("bitport_path", "")
-    return node
-
-
-def replace(graph: Graph, old: fx.Node, new: fx.Node) -> None:
-    """`new` takes the users and the name of `old`, which is erased."""
-    name = graph.name(old)
-    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-    graph.gm.graph.erase_node(old)
-    new.meta["bitport_name"] = name
 
 
 def _clean(graph: Graph) -> None:

@@ -35,6 +35,9 @@ def capture(lowered: Lowered, graph: Graph) -> torch.export.ExportedProgram:
             error = error or caught
             continue
         strip(program)
+        for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            # whether it is a view depends on strides, which exporters' decompositions change
+            node.target = torch.ops.aten.reshape.default
         return program
     assert error is not None
     raise ExportError(f"torch.export refuses the quantized graph: {first_line(error)}") from error

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from ..errors import ArtifactError, GraphError
 from ..graph import Graph, Operand
@@ -153,9 +154,38 @@ def macs(graph: Graph, sizes: Mapping[str, int] | None = None) -> dict[str, int]
         if op.kind in _MACS and not graph.is_constant(node):
             shapes = [_concrete(graph, node, operand, known) for operand in op.operands]
             number = _MACS[op.kind](shapes, _resolve(graph, node, graph.shape(node), known))
-            if number:
-                found[graph.name(node)] = number
+        elif op.kind.startswith("other:") and not graph.is_constant(node):
+            number = _unknown(graph, node, known)
+        else:
+            continue
+        if number:
+            found[graph.name(node)] = number
     return found
+
+
+def _unknown(graph: Graph, node: fx.Node, known: Mapping[str, int]) -> int:
+    """MACs of an operator without a formula here: it is run on tensors without data under torch's own counter.
+
+    So that a product in disguise can't make an integer share look whole.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def stand_in(value: fx.Node) -> Any:
+        example = value.meta.get("val")
+        if isinstance(example, Tensor):
+            shape = _resolve(graph, node, graph.shape(value), known)
+            return torch.empty(shape, dtype=example.dtype, device="meta")
+        return example.node.hint if isinstance(example, torch.SymInt) else example
+
+    assert callable(node.target)
+    counter = FlopCounterMode(display=False)
+    try:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), stand_in)
+        with counter:
+            node.target(*args, **kwargs)
+    except Exception:  # noqa: BLE001 (operators without a meta kernel raise anything; they are no products)
+        return 0
+    return int(counter.get_total_flops()) // 2
 
 
 def _convolution(operands: list[_Shape], out: _Shape) -> int:
@@ -189,6 +219,8 @@ _MACS: dict[str, Callable[[list[_Shape], _Shape], int]] = {
     "conv_transpose": _transposed,
     "linear": _product,
     "matmul": _product,
+    "addmm": _product,
+    "grouped_mm": _product,  # each row meets the matrix of one expert
     "sdpa": _attention,
     "lstm": _recurrent,
     "gru": _recurrent,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,8 @@ def export_model(graph: Graph, plan: Plan, path: Path, *, opset: int) -> None:
 
     Raises ExportError when PyTorch's exporter refuses, naming its reason.
     """
-    if any(_is_flat_attention(graph, node) for node in graph.nodes()):
+    if any(graph.op(node).kind == "sdpa" for node in graph.nodes()):
+        # PyTorch's exporter can't translate attention without a heads axis, and loses track of its strides
         graph = graph.clone()
         split_attention(graph)
     lowered = lower(
@@ -52,15 +53,10 @@ def export_model(graph: Graph, plan: Plan, path: Path, *, opset: int) -> None:
         detours=DETOURS,
     )
     program = capture(lowered, graph)
-    model = _to_onnx(program, opset)
+    model = _to_onnx(program, opset, _experts(graph))
     _restore_names(model, graph, lowered.names)
     _strip(model)
     _save(model, path)
-
-
-def _is_flat_attention(graph: Graph, node: torch.fx.Node) -> bool:
-    """Attention without a heads axis, which PyTorch's exporter can't translate."""
-    return graph.op(node).kind == "sdpa" and len(graph.shape(node) or ()) != 4
 
 
 def _save(model: ir.Model, path: Path) -> None:
@@ -75,14 +71,22 @@ def _save(model: ir.Model, path: Path) -> None:
     onnx_ir.save(model, path, external_data=external)
 
 
-def _to_onnx(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
+def _experts(graph: Graph) -> set[Callable[..., Any]]:
+    """Products of experts in this graph; libraries register such operators under names of their own."""
+    nodes = (node for node in graph.nodes() if graph.op(node).kind == "grouped_mm")
+    return {node.target for node in nodes if callable(node.target)}
+
+
+def _to_onnx(
+    program: torch.export.ExportedProgram, opset: int, experts: Iterable[Callable[..., Any]]
+) -> ir.Model:
     try:
         with _silence():
             result = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
-                custom_translation_table=_translations(),
+                custom_translation_table=_translations() | dict.fromkeys(experts, _grouped_product),
                 optimize=True,
                 verbose=False,
             )
@@ -120,7 +124,45 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.adaptive_avg_pool2d.default,
         aten.adaptive_avg_pool3d.default,
     )
-    return {QUANTIZE: quantize, DEQUANTIZE: dequantize, **dict.fromkeys(pools, adaptive_average_pool)}
+    return {
+        QUANTIZE: quantize,
+        DEQUANTIZE: dequantize,
+        aten.histc.default: _histogram,
+        **dict.fromkeys(pools, adaptive_average_pool),
+    }
+
+
+def _grouped_product(x: Any, matrices: Any, ends: Any, bias: Any = None, out_dtype: Any = None) -> Any:
+    """Rows of x [S, K] up to ends[e] meet matrices[e] [K, N]; each expert computes its own rows only."""
+    from onnxscript import INT64
+    from onnxscript import opset20 as op
+
+    count = matrices.shape[0] if matrices.shape is not None else None
+    if bias is not None or not isinstance(count, int):
+        raise ExportError("a grouped matrix product needs a known number of experts and no bias")
+    stops = op.Cast(ends, to=INT64.dtype)
+    starts = op.Concat(op.Constant(value_ints=[0]), op.Slice(stops, [0], [count - 1], [0]), axis=0)
+    parts = []
+    for expert in range(count):
+        here, after = op.Constant(value_ints=[expert]), op.Constant(value_ints=[expert + 1])
+        rows = op.Slice(x, op.Slice(starts, here, after, [0]), op.Slice(stops, here, after, [0]), [0])
+        parts.append(op.MatMul(rows, op.Gather(matrices, op.Constant(value_int=expert), axis=0)))
+    return op.Concat(*parts, axis=0)
+
+
+def _histogram(x: Any, bins: int = 100, min: float = 0, max: float = 0) -> Any:  # noqa: A002 (aten's names)
+    """aten.histc over a given range: equal bins from min to max, the last one closed; others don't count."""
+    from onnxscript import FLOAT
+    from onnxscript import opset20 as op
+
+    if not min < max:
+        raise ExportError("torch.histc over the data's own range can't be exported: give its min and max")
+    value = op.Unsqueeze(x, [-1])
+    edges = [min + (max - min) * i / bins for i in range(bins + 1)]
+    lower, upper = op.Constant(value_floats=edges[:-1]), op.Constant(value_floats=edges[1:])
+    below = op.Or(op.Less(value, upper), op.And(op.Equal(value, upper), op.Equal(upper, op.Constant(value_float=max))))
+    inside = op.And(op.GreaterOrEqual(value, lower), below)
+    return op.ReduceSum(op.Cast(inside, to=FLOAT.dtype), [0], keepdims=0)
 
 
 def _adaptive_average_pool(op: Any, x: Any, output_size: Sequence[int]) -> Any:

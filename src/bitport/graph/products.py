@@ -1,0 +1,190 @@
+"""Other spellings of a matrix product become `linear` and `matmul`, which runtimes execute in integers.
+
+    spell_products    addmm, baddbmm and einsum of two operands → matmul, permutations and additions
+    linear_instead    x @ W with a constant matrix W → linear, whose weights have one scale per output
+
+Each takes a graph and changes it; eval-mode outputs stay the same up to rounding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .editing import insert, replace
+from .graph import Graph
+from .match import Call, op_name
+
+aten = torch.ops.aten
+
+
+def spell_products(graph: Graph) -> None:
+    for node in graph.nodes():
+        name = op_name(node) if node.op == "call_function" else ""
+        if name in ("addmm", "baddbmm"):
+            _add_to_product(graph, node, Call(node))
+        elif name == "einsum":
+            _contract(graph, node, Call(node))
+
+
+def linear_instead(graph: Graph) -> None:
+    """The weight of a `linear` is [out, in]: a transposed matrix is used as it is, another one stored transposed."""
+    for node in graph.nodes():
+        if node.op != "call_function" or op_name(node) not in ("matmul", "mm"):
+            continue
+        x, matrix = node.args[:2]
+        assert isinstance(x, fx.Node) and isinstance(matrix, fx.Node)
+        if x.op == "get_attr" or _rank(x) < 2 or _rank(matrix) != 2:
+            continue
+        turned = _transposed_constant(matrix)
+        if turned is None and matrix.op == "get_attr":
+            turned = _stored_transposed(graph, matrix)
+        if turned is not None:
+            replace(graph, node, insert(graph, node, aten.linear.default, (x, turned), graph.name(node)))
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+def _transposed_constant(node: fx.Node) -> fx.Node | None:
+    """W where the node is Wᵀ of a stored matrix: nothing has to be stored again (tied embeddings)."""
+    if node.op != "call_function" or op_name(node) not in ("t", "transpose", "permute", "numpy_T", "mT"):
+        return None
+    source = node.args[0]
+    return source if isinstance(source, fx.Node) and source.op == "get_attr" and _rank(source) == 2 else None
+
+
+def _stored_transposed(graph: Graph, matrix: fx.Node) -> fx.Node:
+    """Wᵀ under W's own name where nothing else reads W, else beside it."""
+    dotted = str(matrix.target)
+    value = graph.tensor(dotted)
+    turned = value.detach().t().contiguous()
+    if _readers(graph, value) == 1:
+        graph.set_tensor(dotted, turned)
+        matrix.meta["val"] = matrix.meta["val"].t()
+        return matrix
+    name = f"{dotted.replace('.', '_')}_transposed"
+    if not hasattr(graph.gm, name):
+        graph.gm.register_parameter(name, torch.nn.Parameter(turned, requires_grad=turned.is_floating_point()))
+    with graph.gm.graph.inserting_after(matrix):
+        stored = graph.gm.graph.get_attr(name)
+    stored.meta["val"] = matrix.meta["val"].t()
+    return stored
+
+
+def _readers(graph: Graph, value: Tensor) -> int:
+    count = 0
+    for node in graph.nodes():
+        for operand in graph.op(node).operands:
+            count += operand is not None and operand.tensor is not None and graph.tensor(operand.tensor) is value
+    return count
+
+
+def _add_to_product(graph: Graph, node: fx.Node, call: Call) -> None:
+    first, second = (call["mat1"], call["mat2"]) if call["mat1"] is not None else (call["batch1"], call["batch2"])
+    name = graph.name(node)
+    alpha, beta, added = call["alpha"], call["beta"], call["self"]
+    plain = alpha == 1 and beta == 1
+    if plain and added.op == "get_attr" and _rank(added) == 1 and _rank(second) == 2:
+        turned = _transposed_constant(second)
+        if turned is None and second.op == "get_attr":
+            turned = _stored_transposed(graph, second)
+        if turned is not None:
+            replace(graph, node, insert(graph, node, aten.linear.default, (first, turned, added), name))
+            return
+    product = insert(graph, node, aten.matmul.default, (first, second), f"{name}.product")
+    if alpha != 1:
+        product = insert(graph, node, aten.mul.Tensor, (product, alpha), f"{name}.alpha")
+    if beta == 0:
+        replace(graph, node, product)
+        return
+    if beta != 1:
+        added = insert(graph, node, aten.mul.Tensor, (added, beta), f"{name}.beta")
+    replace(graph, node, insert(graph, node, aten.add.Tensor, (product, added), name))
+
+
+# ------------------------------------------------------------------------------------------------ einsum
+
+
+def _contract(graph: Graph, node: fx.Node, call: Call) -> None:
+    """einsum of two operands without sums over an axis of one of them: batch · (rows × shared) · (shared × columns)."""
+    tensors = call["tensors"]
+    shapes = [graph.shape(t) for t in tensors]
+    letters = _letters(str(call["equation"]), [len(s or ()) for s in shapes])
+    if letters is None or len(tensors) != 2 or any(s is None for s in shapes):
+        return
+    a, b, out = letters
+    sizes: dict[str, int | str] = {}
+    origin: dict[str, tuple[fx.Node, int]] = {}
+    for tensor, names, shape in zip(tensors, (a, b), shapes, strict=True):
+        for axis, (letter, size) in enumerate(zip(names, shape or (), strict=True)):
+            if sizes.setdefault(letter, size) != size:
+                return  # one of them is broadcast
+            origin.setdefault(letter, (tensor, axis))
+    batch = [x for x in a if x in b and x in out]
+    shared = [x for x in a if x in b and x not in out]
+    rows, columns = [x for x in a if x not in b], [x for x in b if x not in a]
+    if not shared or any(x not in out for x in rows + columns):
+        return
+    name = graph.name(node)
+
+    def length(letter: str) -> Any:
+        size = sizes[letter]
+        return size if isinstance(size, int) else insert(graph, node, aten.sym_size.int, origin[letter], f"{name}.size")
+
+    def lengths(group: Sequence[str]) -> Any:
+        parts = [length(x) for x in group]
+        if all(isinstance(p, int) for p in parts):
+            return reduce(operator.mul, parts, 1)
+        return reduce(lambda p, q: insert(graph, node, operator.mul, (p, q), f"{name}.size"), parts)
+
+    def arranged(value: fx.Node, names: str, order: list[str], shape: list[Any], what: str) -> fx.Node:
+        dims = [names.index(x) for x in order]
+        if dims != sorted(dims):
+            value = insert(graph, node, aten.permute.default, (value, dims), f"{name}.{what}")
+        if len(shape) != len(order):
+            value = insert(graph, node, aten.reshape.default, (value, shape), f"{name}.{what}")
+        return value
+
+    head = [length(x) for x in batch]
+    left = arranged(tensors[0], a, batch + rows + shared, [*head, lengths(rows), lengths(shared)], "left")
+    right = arranged(tensors[1], b, batch + shared + columns, [*head, lengths(shared), lengths(columns)], "right")
+    product = insert(graph, node, aten.matmul.default, (left, right), f"{name}.product")
+    made = batch + rows + columns
+    if len(rows) != 1 or len(columns) != 1:
+        whole = [length(x) for x in made]
+        product = insert(graph, node, aten.reshape.default, (product, whole), f"{name}.whole")
+    dims = [made.index(x) for x in out]
+    if dims != sorted(dims):
+        product = insert(graph, node, aten.permute.default, (product, dims), f"{name}.order")
+    replace(graph, node, product)
+
+
+def _letters(equation: str, ranks: Sequence[int]) -> tuple[str, str, str] | None:
+    """Subscripts of both operands and of the result, an ellipsis written out; None for what isn't such a product."""
+    sides = equation.replace(" ", "").split("->")
+    inside = sides[0].split(",")
+    if len(inside) != 2 or len(ranks) != 2:
+        return None
+    free = [c for c in "ZYXWVUTSRQ" if c not in equation]
+    hidden = [rank - len(text.replace("...", "")) if "..." in text else 0 for text, rank in zip(inside, ranks, strict=True)]
+    if min(hidden) < 0 or max(hidden) > len(free):
+        return None
+    full = [
+        text.replace("...", "".join(free[max(hidden) - n : max(hidden)])) for text, n in zip(inside, hidden, strict=True)
+    ]
+    if len(sides) == 2:
+        out = sides[1].replace("...", "".join(free[: max(hidden)]))
+    else:
+        once = sorted(c for c in set("".join(full)) if "".join(full).count(c) == 1 and c not in free)
+        out = "".join(free[: max(hidden)]) + "".join(once)
+    texts = (*full, out)
+    fits = all(len(t) == r for t, r in zip(full, ranks, strict=True))
+    return (texts[0], texts[1], texts[2]) if fits and all(len(set(t)) == len(t) for t in texts) else None

@@ -1,0 +1,123 @@
+"""Architectures of Hugging Face transformers as they are, from small configurations, with random weights.
+
+Each builder returns (model in eval mode, a function from a batch size to its keyword inputs). Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = dict[str, Tensor]
+Family = tuple[nn.Module, Callable[[int], Inputs]]
+
+VOCABULARY = 64
+LENGTH = 8
+WIDE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def _images(size: int = 32) -> Callable[[int], Inputs]:
+    return lambda count: {"pixel_values": torch.randn(count, 3, size, size)}
+
+
+def _tokens(count: int) -> Inputs:
+    """Token ids and an attention mask: every second sample is padded at its end."""
+    mask = torch.ones(count, LENGTH, dtype=torch.long)
+    mask[1::2, LENGTH - 3 :] = 0
+    return {"input_ids": torch.randint(1, VOCABULARY, (count, LENGTH)), "attention_mask": mask}
+
+
+def _vision(name: str, size: int = 32, **options: Any) -> Family:
+    return _made(f"{name}ForImageClassification", f"{name}Config", **options), _images(size)
+
+
+def _text(name: str, head: str = "ForSequenceClassification", **options: Any) -> Family:
+    return _made(f"{name}{head}", f"{name}Config", vocab_size=VOCABULARY, **options), _tokens
+
+
+def _made(model: str, config: str, **options: Any) -> nn.Module:
+    import transformers
+
+    built: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**options))
+    for parameter in built.parameters():  # a new transformer's biases and small weights hide mistakes
+        if parameter.dim() < 2:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    for module in built.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return built.eval()
+
+
+def _whisper() -> Family:
+    import transformers
+
+    model = _made(
+        "WhisperForAudioClassification", "WhisperConfig", d_model=32, encoder_layers=2, encoder_attention_heads=4,
+        encoder_ffn_dim=64, num_mel_bins=16, max_source_positions=20, classifier_proj_size=16,
+        decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=32, vocab_size=VOCABULARY, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    assert isinstance(model, transformers.WhisperForAudioClassification)
+    return model, lambda count: {"input_features": torch.randn(count, 16, 40)}
+
+
+def _t5() -> Family:
+    model = _made(
+        "T5EncoderModel", "T5Config", vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return model, _tokens
+
+
+def _wav2vec2() -> Family:
+    model = _made(
+        "Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", **WIDE, conv_dim=(16, 16, 16), conv_stride=(5, 2, 2),
+        conv_kernel=(10, 3, 2), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, num_feat_extract_layers=3,
+        classifier_proj_size=16, vocab_size=VOCABULARY, mask_time_length=2, mask_time_prob=0.0,
+    )  # fmt: skip
+    return model, lambda count: {"input_values": torch.randn(count, 800)}
+
+
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "resnet": lambda: _vision(
+        "ResNet", embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="bottleneck"
+    ),
+    "mobilenet_v1": lambda: _vision("MobileNetV1", depth_multiplier=0.25),
+    "mobilenet_v2": lambda: _vision("MobileNetV2", depth_multiplier=0.25),
+    "efficientnet": lambda: _vision(
+        "EfficientNet", width_coefficient=0.25, depth_coefficient=0.3, hidden_dim=320, image_size=32
+    ),
+    "convnext": lambda: _vision("ConvNext", hidden_sizes=[16, 32], depths=[1, 2], num_stages=2),
+    "vit": lambda: _vision("ViT", **WIDE, image_size=32, patch_size=8),
+    "deit": lambda: _vision("DeiT", **WIDE, image_size=32, patch_size=8),
+    "swin": lambda: _vision(
+        "Swin", image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
+    ),
+    "beit": lambda: _vision("Beit", **WIDE, image_size=32, patch_size=8, use_relative_position_bias=True),
+    "bert": lambda: _text("Bert", **WIDE, max_position_embeddings=32),
+    "distilbert": lambda: _text("DistilBert", dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=32),
+    "roberta": lambda: _text("Roberta", **WIDE, max_position_embeddings=40, pad_token_id=0),
+    "albert": lambda: _text("Albert", **WIDE, embedding_size=16, max_position_embeddings=32),
+    "gpt2": lambda: _text("GPT2", "LMHeadModel", n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=0,
+                          eos_token_id=0, use_cache=False),
+    "llama": lambda: _text("Llama", "ForCausalLM", **WIDE, num_key_value_heads=2, max_position_embeddings=32,
+                           use_cache=False),
+    "qwen3": lambda: _text("Qwen3", "ForCausalLM", **WIDE, num_key_value_heads=2, head_dim=8,
+                           max_position_embeddings=32, use_cache=False),
+    "mixtral": lambda: _text("Mixtral", "ForCausalLM", **WIDE, num_key_value_heads=2, num_local_experts=4,
+                             num_experts_per_tok=2, max_position_embeddings=32, use_cache=False),
+    "t5_encoder": _t5,
+    "whisper_encoder": _whisper,
+    "wav2vec2": _wav2vec2,
+}  # fmt: skip
+
+
+def build(name: str, seed: int = 0) -> Family:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return FAMILIES[name]()
