@@ -174,7 +174,7 @@ for moment in moments:
         if moment == "render":
             bitport.api.render = die
         if moment == "flush":
-            store._flush = die
+            store.flush = die
         small.compressed(out, progress=Killer(moment), data=list(small.patterns(16, seed=8)[0].split(8)))
         os._exit(0)
     status = os.waitpid(child, 0)[1]

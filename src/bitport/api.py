@@ -16,6 +16,7 @@ from torch import nn
 from . import artifact as artifacts
 from . import metrics, registry, store
 from .artifact import Artifact, make_target
+from .checkpoint import Checkpoint, identity, keeping, run_steps
 from .data import Batch, Source, open_data
 from .errors import BitportError, DataError, GateFailed, LoadError, RecipeError
 from .frontends import pytorch
@@ -24,7 +25,6 @@ from .graph.archive import check_weights, load_pt2
 from .metrics import Metric
 from .page import render
 from .plan import Plan, decide
-from .plan.constants import on_grid
 from .progress import NullProgress, Progress
 from .proof import cost
 from .proof.measure import Subject, measure
@@ -36,6 +36,7 @@ from .targets._base import Target, has_integer_dot_product, host
 
 __all__ = ["compress", "inspect", "load", "report", "targets", "verify"]
 
+REPORT_BYTES = 8 * 2**20
 SPEED_SHARE = 0.5  # an integer share of MACs below this seldom makes a network faster
 
 
@@ -120,6 +121,7 @@ def compress(
     Raises:
         WeightsError: parameters hold NaN or infinite values.
         GateFailed: a gate failed or is undecided; the result lies in `<out>.rejected/` with its report.
+        Interrupted: stopped at a step's edge; the same call goes on from there.
         BitportError: anything else that is wrong; `out` is as it was.
     """
     started = time.perf_counter()
@@ -140,7 +142,12 @@ def compress(
         raise RecipeError(f"device = {device!r}: calibration runs on the CPU so far: leave it out")
     if max_drop is not None and not 0 <= max_drop < math.inf:
         raise RecipeError(f"max_drop = {max_drop}: give a finite number from 0 on, in the metric's unit")
-    with store.Workspace(out) as workspace, torch.random.fork_rng(devices=[]):
+    with (
+        store.Workspace(out, need_bytes=_bytes_needed(graph)) as workspace,
+        torch.random.fork_rng(devices=[]),
+        contextlib.ExitStack() as ending,
+    ):
+        checkpoint = Checkpoint(workspace.out, lambda: identity(graph, calibration, explicit, runtime, seed))
         first = _first(judged)
         chosen = metrics.get(metric, first.labels is not None, first.labels)
         context = steps.Context(
@@ -154,8 +161,9 @@ def compress(
             notes=list(graph.notes),
         )
         with cost.peak_memory() as peak:
-            work, plan, taken = _run_steps(graph, explicit, runtime, context)
-            on_grid(work, plan)
+            state, resumed = run_steps(graph, explicit, runtime, context, checkpoint)
+            work, plan = state.graph, state.plan
+            ending.enter_context(keeping(checkpoint, state, explicit))
             artifacts.write(workspace.path, work, graph, plan, explicit, runtime)
         facts = {"recipe": explicit.name, "seed": seed}
         subject = Subject(workspace.path, _reference(graph, work), work, plan, runtime, facts)
@@ -166,9 +174,18 @@ def compress(
             *_data_notes(calibration, judged, evaluation is not None),
             *record["notes"],
         ]
-        record["seconds"] = {"total": time.perf_counter() - started, "steps": taken, **record["seconds"]}
+        record["seconds"] = {
+            "total": time.perf_counter() - started,
+            "steps": dict(state.seconds),
+            **record["seconds"],
+        }
         proof = Measurement(record)
-        proof.set("memory", "compress_peak_bytes", peak.bytes)
+        if resumed:
+            proof.absent(
+                "memory", "compress_peak_bytes", "the run was resumed: its first part wasn't measured"
+            )
+        else:
+            proof.set("memory", "compress_peak_bytes", peak.bytes)
         proof.save(workspace.path / artifacts.MEASUREMENTS)
         manifest = {
             "target": runtime.name,
@@ -184,9 +201,13 @@ def compress(
         render(workspace.path)
         artifacts.write_manifest(workspace.path, manifest)
         if record["verdict"]["passed"]:
-            return Artifact(workspace.publish())
-        rejected = workspace.publish_as(workspace.out.with_name(workspace.out.name + ".rejected"))
-    raise GateFailed(f"{record['verdict']['sentence']} The result is in {rejected}", record, rejected)
+            place = workspace.publish()
+        else:
+            place = workspace.publish_as(workspace.out.with_name(workspace.out.name + ".rejected"))
+        checkpoint.discard()
+    if record["verdict"]["passed"]:
+        return Artifact(place)
+    raise GateFailed(f"{record['verdict']['sentence']} The result is in {place}", record, place)
 
 
 def verify(
@@ -324,18 +345,10 @@ def _first(source: Source) -> Batch:
         raise DataError(f"the {source.role} data is empty: give at least one batch") from None
 
 
-def _run_steps(
-    graph: Graph, recipe: Recipe, runtime: Target, context: steps.Context
-) -> tuple[Graph, Plan, dict[str, float]]:
-    work, plan = graph.clone(), Plan.empty(runtime.name)
-    work.gm.eval()
-    taken: dict[str, float] = {}
-    for index, spec in enumerate(recipe.steps):
-        started = time.perf_counter()
-        with context.progress.task(spec.use):
-            work, plan = steps.make(spec.use, spec.options)(work, plan, context)
-        taken[f"{index} {spec.use}"] = time.perf_counter() - started
-    return work, plan, taken
+def _bytes_needed(graph: Graph) -> int:
+    """What a run writes at most: three float copies of the network, its integers, the report."""
+    tensors = [*graph.gm.parameters(), *graph.gm.buffers()]
+    return REPORT_BYTES + sum(t.numel() * t.element_size() for t in tensors) * 13 // 4
 
 
 def _reference(graph: Graph, work: Graph) -> Graph:

@@ -103,7 +103,7 @@ class Workspace:
         try:
             _repair(place)
             _refuse_foreign(place)
-            _flush(self.path)
+            flush(self.path)
             if not place.exists():
                 os.rename(self.path, place)
             elif not _exchange(self.path, place):
@@ -310,8 +310,8 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
-def _flush(folder: Path) -> None:
-    """Force all files and folders below to disk, leaves first."""
+def flush(folder: Path) -> None:
+    """Force all files and folders below to disk, leaves first. Raises OSError."""
     for parent, _, names in os.walk(folder, topdown=False, onerror=_raise):
         for name in names:
             _flush_entry(Path(parent, name))

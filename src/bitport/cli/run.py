@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from .. import interrupt
 from ..errors import BitportError, GateFailed, Interrupted
 from ..wording import plain
 
@@ -42,7 +43,7 @@ def run(work: Callable[[Progress], Outcome], as_json: bool) -> NoReturn:
     """Do the work, write its outcome, leave with its exit code."""
     try:
         try:
-            with _stdout_to_stderr(), _progress(as_json) as progress:
+            with interrupt.handled(), _stdout_to_stderr(), _progress(as_json) as progress:
                 outcome = work(progress)
         except GateFailed as failed:
             # the verdict's sentence is in the outcome
