@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitport
+from bitport import api
 from bitport.proof import cost
 
 SOURCE = Path(bitport.__file__).parents[1]
@@ -117,6 +118,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time for 30 ms only, and start no process that measures memory."""
     monkeypatch.setattr(cost, "latency", functools.partial(cost.latency, seconds=0.03, rounds=8))
     monkeypatch.setattr(cost, "run_memory", lambda *_: 1)
+
+
+def without_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no report, for tests that are about files, numbers or faults."""
+    monkeypatch.setattr(api, "render", lambda folder: (folder / "report.html").write_text("<!doctype html>"))
 
 
 def python(

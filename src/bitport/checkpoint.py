@@ -39,13 +39,14 @@ GRAPH, PLAN, STATE = "graph.pt2", "plan.json", "state.json"
 
 @dataclass(frozen=True)
 class State:
-    """What a run had after `done` steps: the graph, the plan, notes for the report, seconds by step."""
+    """What a run had after `done` steps: the graph, the plan, notes and what was tried, seconds by step."""
 
     done: int
     graph: Graph
     plan: Plan
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
+    tried: tuple[Mapping[str, str], ...] = ()
 
 
 def run_steps(
@@ -63,6 +64,7 @@ def run_steps(
     work, plan, seconds = state.graph, state.plan, dict(state.seconds)
     work.gm.eval()
     if found:
+        context.tried[:] = [dict(row) for row in found.tried]
         context.notes[:] = [*found.notes, f"resumed behind step {found.done} of a run that was stopped"]
     written = time.monotonic()
     with interrupt.until_edge():
@@ -74,7 +76,7 @@ def run_steps(
             seconds[f"{index} {spec.use}"] = time.perf_counter() - started
             if index + 1 == len(recipe.steps):
                 on_grid(work, plan)
-            state = State(index + 1, work, plan, tuple(context.notes), dict(seconds))
+            state = State(index + 1, work, plan, tuple(context.notes), dict(seconds), tuple(context.tried))
             if interrupt.asked():
                 interrupt.edge(_stopped(checkpoint, state, recipe))
             if time.monotonic() - written > EVERY:
@@ -168,6 +170,7 @@ class Checkpoint:
                 "digest": state.graph.digest(),
                 "notes": list(state.notes),
                 "seconds": dict(state.seconds),
+                "tried": [dict(row) for row in state.tried],
                 # JSON sorts them; the order in which they were made is part of the plan
                 "ties": list(state.plan.ties),
                 "nodes": list(state.plan.nodes),
@@ -229,7 +232,8 @@ class Checkpoint:
             ties={name: plan.ties[name] for name in known["ties"]},
             nodes={name: plan.nodes[name] for name in known["nodes"]},
         )
-        return State(int(known["done"]), graph, plan, tuple(known["notes"]), dict(known["seconds"]))
+        notes, tried = tuple(known["notes"]), tuple(known["tried"])
+        return State(int(known["done"]), graph, plan, notes, dict(known["seconds"]), tried)
 
 
 class _Foreign(ArtifactError):

@@ -33,6 +33,7 @@ FAST = [("calibrate", "null"), ("verifying", "null"), ("fold", "onnxruntime")]  
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     small.quick(monkeypatch)
+    small.without_page(monkeypatch)
 
 
 class Stopper:
@@ -68,6 +69,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes
     """The files of runs that nobody stopped, by target."""
     with pytest.MonkeyPatch.context() as patch:
         small.quick(patch)
+        small.without_page(patch)
         place = tmp_path_factory.mktemp("whole")
         return {
             target: files(small.compressed(place / target, target, recipe=RECIPE).path)
@@ -244,7 +246,7 @@ def two_generations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     graph = bitport.load(nn.Sequential(nn.Linear(4, 2)), torch.zeros(2, 4))
     kept = checkpoint.Checkpoint(folder / "out", lambda: {"seed": 0})
     for done in (1, 2, 3):
-        kept.save(checkpoint.State(done, graph, Plan.empty("null"), (f"note {done}",), {}))
+        kept.save(checkpoint.State(done, graph, Plan.empty("null"), (f"note {done}",), {}, ({"what": "it"},)))
     return folder
 
 
@@ -265,7 +267,7 @@ def test_a_damaged_generation_costs_a_step_two_are_refused(
     damage(generations[1] / name)
     older = kept.resume()
     assert older is not None
-    assert (older.done, older.notes) == (2, ("note 2",))
+    assert (older.done, older.notes, older.tried) == (2, ("note 2",), ({"what": "it"},))
     damage(generations[0] / name)
     with pytest.raises(
         ArtifactError, match=r"\.out\.checkpoint is damaged \(.*remove that folder to start again"

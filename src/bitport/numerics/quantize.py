@@ -149,14 +149,17 @@ def quantize_bias(bias: Tensor, scale_x: Tensor, scale_w: Tensor) -> Tensor:
     return torch.round(steps).to(torch.int32)
 
 
-def raise_weight_scale_for_bias(bias: Tensor | None, scale_x: Tensor, scale_w: Tensor) -> Tensor:
-    """The smallest weight scale ≥ scale_w with which the bias fits int32: `|bias / (s_x s_w)| < 2^31 − 1`.
+def raise_weight_scale_for_bias(
+    bias: Tensor | None, scale_x: Tensor, scale_w: Tensor, sums: int = 0
+) -> Tensor:
+    """The smallest weight scale ≥ scale_w with which the bias fits int32: `|bias / (s_x s_w)| < 2^31 − 1 − sums`.
 
     A channel of tiny weights and an ordinary bias overflows int32 otherwise. The product s_x·s_w is also kept
     a normal float32 number, because it is the scale of the bias.
 
     Args:
         bias: [C] float, or None. scale_x: 0-d float32. scale_w: 0-d or [C] float32.
+        sums: what the sums of products, which the bias is added to in int32, may reach; at most 2^30 is kept.
 
     Returns: float32, shape of scale_w; unchanged where the bias fits.
 
@@ -169,12 +172,13 @@ def raise_weight_scale_for_bias(bias: Tensor | None, scale_x: Tensor, scale_w: T
         magnitude = magnitude.amax() if magnitude.numel() else torch.zeros_like(scale)
     magnitude = magnitude.double()
     x = scale_x.double()
+    largest = _INT32_MAX - min(sums, 2**30)
 
     def fits(candidate: Tensor) -> Tensor:
         product = scale_x * candidate
-        return (magnitude < _INT32_MAX * product.double()) & (product >= SMALLEST_SCALE)
+        return (magnitude < largest * product.double()) & (product >= SMALLEST_SCALE)
 
-    needed = (torch.maximum(magnitude / _INT32_MAX, torch.full_like(magnitude, SMALLEST_SCALE)) / x).float()
+    needed = (torch.maximum(magnitude / largest, torch.full_like(magnitude, SMALLEST_SCALE)) / x).float()
     # float32 rounding of the quotient and of the product may each be one step off: start below, walk up.
     for _ in range(2):
         needed = torch.nextafter(needed, torch.zeros_like(needed))

@@ -35,6 +35,7 @@ __all__ = [
     "minmax",
     "mse",
     "percentile",
+    "weight_losses",
     "weight_ranges",
 ]
 
@@ -114,6 +115,27 @@ def weight_ranges(w: Tensor, fmt: Format, spec: Spec) -> tuple[Tensor, Tensor]:
     if fmt.granularity == "channel":
         return low_C, high_C
     return low_C.reshape(()), high_C.reshape(())
+
+
+def weight_losses(w: Tensor, fmt: Format, low: Tensor, high: Tensor, scale: Tensor) -> tuple[int, int, int]:
+    """What a range costs a weight tensor: (clipped, flushed, channel).
+
+    Args:
+        w: any shape. low, high, scale: as `weight_ranges` and `qparams` return them, [C] or 0-d.
+
+    Returns: how many values are far outside, more than twice the range; how many values other than 0 become 0 in
+        the channel where they are the largest share, counted only where nine of ten do; that channel, else -1.
+    """
+    w_CK = _channels(w.detach().float(), fmt)
+    reach = 2 * torch.maximum(-low, high).reshape(-1, 1)
+    clipped = int(((w_CK.abs() > reach) & (reach > 0)).sum())
+    alive = (w_CK != 0).sum(1)
+    flushed = ((w_CK != 0) & (w_CK.abs() < scale.reshape(-1, 1) / 2)).sum(1)
+    many = (flushed >= 8) & (10 * flushed >= 9 * alive)
+    if not bool(many.any()):
+        return clipped, 0, -1
+    channel = int(torch.where(many, flushed / alive.clamp(min=1), 0.0).argmax())
+    return clipped, int(flushed[channel]), channel
 
 
 # ---------------------------------------------------------------- the estimators

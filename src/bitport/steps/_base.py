@@ -36,6 +36,7 @@ class Context:
         overrides: the recipe's exceptions.
         seed: for every random choice; the caller's global generators are never touched.
         notes: sentences for the report; steps append.
+        tried: what a step tried, `{what, outcome, reason}`: what was kept, what was left out, and why; steps append.
     """
 
     rules: Ruleset
@@ -48,6 +49,7 @@ class Context:
     seed: int = 0
     progress: Progress = field(default_factory=NullProgress)
     notes: list[str] = field(default_factory=list)
+    tried: list[dict[str, str]] = field(default_factory=list)
 
 
 Run = Callable[[Graph, Plan, Context, Any], tuple[Graph, Plan]]

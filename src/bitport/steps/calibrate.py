@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -42,6 +43,12 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
             torch.tensor(minimum, dtype=torch.float64), torch.tensor(maximum, dtype=torch.float64), tie.format
         )
         changed[name] = replace(tie, scale=scale, zero_point=zero_point)
+    estimators = Counter(
+        str(tie.range if isinstance(tie.range, str) else dict(tie.range)) for tie in changed.values()
+    )
+    for name, number in sorted(estimators.items()):
+        reason = f"{number} tensors by {name}, on {context.calibration.role} data"
+        context.tried.append({"what": "ranges of activations", "outcome": "measured", "reason": reason})
     plan = _room_for_biases(graph, settle(plan.with_ties(changed)), context)
     return graph, settle(plan)
 
@@ -49,6 +56,8 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
 def observe(graph: Graph, plan: Plan, context: Context, batches: int | None = None) -> dict[str, Histogram]:
     """Histogram of every measured tie over the calibration data (constants of a tie included)."""
     histograms = {name: Histogram() for name in plan.measured()}
+    of_batch: dict[str, Histogram] = {}
+    spoilt: list[str] = []  # of one batch: where NaN was seen, in network order
     constants = constant_names(graph)
     tie_of: dict[str, list[str]] = {}
     for name, tie in plan.measured().items():
@@ -60,14 +69,29 @@ def observe(graph: Graph, plan: Plan, context: Context, batches: int | None = No
 
     def look(node: fx.Node, value: Any) -> Any:
         for name in tie_of.get(graph.name(node), ()):
-            histograms[name].update(value)
+            seen = of_batch.setdefault(name, Histogram())
+            before = seen.nonfinite
+            seen.update(value)
+            if seen.nonfinite > before and bool(torch.isnan(value).any()):
+                spoilt.append(graph.name(node))
         return value
 
     graph.gm.eval()
     with context.progress.task("calibrating", batches) as task, torch.no_grad():
+        dropped: list[tuple[int, str]] = []
+        read = 0
         for batch in islice(context.calibration, batches):
+            of_batch.clear()
+            spoilt.clear()
             graph.run(*batch.inputs, on_value=look)
+            if spoilt:
+                dropped.append((read, spoilt[0]))
+            else:
+                for name, histogram in of_batch.items():
+                    histograms[name] = histograms[name].merge(histogram)
+            read += 1
             task.advance(1)
+    _tell_dropped(dropped, read, context)
     for name, histogram in histograms.items():
         bad, seen = histogram.nonfinite, histogram.count + histogram.nonfinite
         if bad > MANY_BAD * seen:
@@ -82,6 +106,19 @@ def observe(graph: Graph, plan: Plan, context: Context, batches: int | None = No
     return histograms
 
 
+def _tell_dropped(dropped: list[tuple[int, str]], read: int, context: Context) -> None:
+    """Batches with NaN among their activations: noted while they are few. Raises DataError beyond 1 %."""
+    if not dropped:
+        return
+    first, where = dropped[0]
+    said = (
+        f"{len(dropped)} of {read} calibration batches give NaN activations, first batch {first} in {where!r}"
+    )
+    if len(dropped) > MANY_BAD * read:
+        raise DataError(f"{said}: check the data's preprocessing, or the network in float", batch=first)
+    context.notes.append(f"{said}; they were left out of all ranges")
+
+
 def _room_for_biases(graph: Graph, plan: Plan, context: Context) -> Plan:
     """Raise a weight's scale where its bias would not fit into 32 bits (tiny weights, large bias)."""
     changed: dict[str, TensorPlan] = {}
@@ -93,8 +130,20 @@ def _room_for_biases(graph: Graph, plan: Plan, context: Context) -> Plan:
         x_scale, _ = plan.ties[x_name].parameters()
         weight = changed.get(w_name, plan.ties[w_name])
         w_scale, _ = weight.parameters()
-        raised = raise_weight_scale_for_bias(graph.tensor(edge.producer).detach(), x_scale, w_scale)
+        sums = _largest_sum(graph, plan.ties[x_name], weight, w_scale.numel())
+        raised = raise_weight_scale_for_bias(graph.tensor(edge.producer).detach(), x_scale, w_scale, sums)
         if not torch.equal(raised, w_scale):
             changed[w_name] = replace(weight, scale=raised)
             context.notes.append(f"the scale of {w_name!r} was raised so that its bias fits into 32 bits")
+    if changed:
+        reason = f"the biases of {len(changed)} tensors would not fit into 32 bits"
+        context.tried.append({"what": "larger scales of weights", "outcome": "kept", "reason": reason})
     return plan.with_ties(changed)
+
+
+def _largest_sum(graph: Graph, x: TensorPlan, weight: TensorPlan, scales: int) -> int:
+    """A bound on the magnitude of a layer's integer sums, whatever its data and weights."""
+    values = graph.tensor(weight.members[0]).numel()
+    channels = graph.tensor(weight.members[0]).shape[0] if scales == 1 else scales
+    terms = values // max(1, channels)
+    return terms * (x.format.high - x.format.low) * max(-weight.format.low, weight.format.high)

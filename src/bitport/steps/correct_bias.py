@@ -32,6 +32,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     the notes.
     """
     if not plan.quantized:
+        _tell(context, "left out", "nothing is quantized")
         return graph, plan
     corrected = graph.clone()
     means = _mean_inputs(graph, plan, context)
@@ -40,11 +41,18 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         if name in means:
             _correct(corrected, plan, name, op, means[name])
     before, after = (_error(candidate, graph, plan, context) for candidate in (graph, corrected))
+    found = f"error of the simulated outputs {before:.3g} without, {after:.3g} with it, on calibration data"
     if after < before:
+        _tell(context, "kept", found)
         context.notes.append(f"bias correction lowered the output error from {before:.3g} to {after:.3g}")
         return corrected, plan
+    _tell(context, "left out", found)
     context.notes.append("bias correction did not help on the calibration data and was left out")
     return graph, plan
+
+
+def _tell(context: Context, outcome: str, reason: str) -> None:
+    context.tried.append({"what": "bias correction", "outcome": outcome, "reason": reason})
 
 
 def _mean_inputs(graph: Graph, plan: Plan, context: Context) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from ..errors import RecipeError
 from ..graph import Graph
 from ..numerics.quantize import qparams
-from ..numerics.ranges import weight_ranges
+from ..numerics.ranges import weight_losses, weight_ranges
 from ..plan import Plan, TensorOptions, decide
 from ._base import Context
 
@@ -53,10 +53,26 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     changed = {}
     for name, tie in plan.ties.items():
         if tie.source == "weight":
-            minimum, maximum = weight_ranges(graph.tensor(tie.members[0]).detach(), tie.format, tie.range)
+            weight = graph.tensor(tie.members[0]).detach()
+            minimum, maximum = weight_ranges(weight, tie.format, tie.range)
             scale, zero_point = qparams(minimum, maximum, tie.format)
+            losses = weight_losses(weight, tie.format, minimum, maximum, scale)
+            context.notes.extend(_lossy(tie.members[0], weight.numel(), *losses))
             empty = (minimum == 0) & (maximum == 0)
             # zeros fit any scale, but their bias is stored on it as well: a coarse one would round it away
             scale = torch.where(empty, FINE_SCALE, scale)
             changed[name] = replace(tie, scale=scale, zero_point=zero_point)
     return graph, plan.with_ties(changed)
+
+
+def _lossy(name: str, values: int, clipped: int, flushed: int, channel: int) -> list[str]:
+    """What to say of a weight that its range doesn't suit: one far outlier is enough."""
+    notes = []
+    if clipped:
+        notes.append(f"{clipped} of {values} values of {name!r} lie far outside its range and are clipped")
+    if flushed:
+        notes.append(
+            f"{flushed} values of {name!r} in channel {channel} become 0, because others there are far larger: "
+            'repair them, or give its weights range = "percentile"'
+        )
+    return notes
