@@ -109,7 +109,7 @@ def context(
 
 
 def prepare(
-    model: nn.Module,
+    model: nn.Module | Graph,
     batches: Sequence[Inputs],
     target: str | Target = "onnxruntime",
     *,
@@ -120,7 +120,7 @@ def prepare(
     """Everything up to a calibrated plan. `batches`: calibration data, the first two samples are the example."""
     runtime = make_target(target) if isinstance(target, str) else target
     example = tuple(value[:2] for value in flat(batches[0]))
-    graph = load_module(model.eval(), example)
+    graph = model if isinstance(model, Graph) else load_module(model.eval(), example)
     work, plan = graph.clone(), Plan.empty(runtime.name)
     settings = context(graph, runtime, batches, overrides)
     options = {"weights": dict(weights or {}), "activations": dict(activations or {})}

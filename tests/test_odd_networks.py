@@ -115,6 +115,19 @@ NETWORKS: dict[str, Odd] = {
     "transposed convolution": (
         lambda: Net(lambda m, x: m.b(F.relu(m.a(x))), a=nn.ConvTranspose2d(3, 8, 2, 2), b=conv(8, 4)), images,
     ),
+    "softmax over one element of a sum": (  # its only reader asks for the sum's size
+        lambda: Net(lambda m, x: m.b((m.a(x) + m.d(x)).flatten(1, 3).mean(1)[:, None, None, None].softmax(3)
+                                     * m.a(x)), a=conv(), d=conv(), b=conv(8, 4)), images,
+    ),
+    "standardised weights": (
+        lambda: Net(lambda m, x: m.b(F.conv2d(x, F.batch_norm(m.w.view(1, 8, -1), None, None, training=True)
+                                              .view(8, 3, 3, 3), padding=1).relu()),
+                    w=torch.randn(8, 3, 3, 3), b=conv(8, 4)), images,
+    ),
+    "embedding of a buffer": (
+        lambda: Net(lambda m, x: m.b(m.a(x) + m.e(m.ids)), a=Linear(12, 8), e=nn.Embedding(9, 8), b=Linear(8, 4),
+                    ids=torch.arange(6)), tokens,
+    ),
     "three-dimensional images": (
         lambda: Net(lambda m, x: m.b(F.relu(m.a(x))), a=nn.Conv3d(1, 4, 3), b=nn.Conv3d(4, 2, 1)),
         lambda n: torch.randn(n, 1, 5, 5, 5),
@@ -138,6 +151,12 @@ def test_the_runtime_computes_the_simulators_integers(name: str) -> None:
             assert float((expected - found).norm() / expected.norm()) < 0.15
         else:
             assert torch.equal(expected, found)
+
+
+def test_weights_that_are_computed_from_constants_only_become_constants() -> None:
+    build, data = NETWORKS["standardised weights"]
+    prepared = prepare(build(), [data(8)])
+    assert sum(1 for todo in prepared.plan.nodes.values() if todo.kernel == "QLinearConv") == 2
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ def linear_instead(graph: Graph) -> None:
         if turned is None and matrix.op == "get_attr":
             turned = _stored_transposed(graph, matrix)
         if turned is not None:
-            replace(graph, node, insert(graph, node, aten.linear.default, (x, turned), graph.name(node)))
+            new = insert(graph, node, aten.linear.default, (x, turned), graph.name(node))
+            new.meta["val"] = node.meta.get("val")
+            replace(graph, node, new)
 
 
 def _rank(node: fx.Node) -> int:
@@ -72,7 +74,9 @@ def _stored_transposed(graph: Graph, matrix: fx.Node) -> fx.Node:
         return matrix
     name = f"{dotted.replace('.', '_')}_transposed"
     if not hasattr(graph.gm, name):
-        graph.gm.register_parameter(name, torch.nn.Parameter(turned, requires_grad=turned.is_floating_point()))
+        graph.gm.register_parameter(
+            name, torch.nn.Parameter(turned, requires_grad=turned.is_floating_point())
+        )
     with graph.gm.graph.inserting_after(matrix):
         stored = graph.gm.graph.get_attr(name)
     stored.meta["val"] = matrix.meta["val"].t()
@@ -83,12 +87,16 @@ def _readers(graph: Graph, value: Tensor) -> int:
     count = 0
     for node in graph.nodes():
         for operand in graph.op(node).operands:
-            count += operand is not None and operand.tensor is not None and graph.tensor(operand.tensor) is value
+            count += (
+                operand is not None and operand.tensor is not None and graph.tensor(operand.tensor) is value
+            )
     return count
 
 
 def _add_to_product(graph: Graph, node: fx.Node, call: Call) -> None:
-    first, second = (call["mat1"], call["mat2"]) if call["mat1"] is not None else (call["batch1"], call["batch2"])
+    first, second = (
+        (call["mat1"], call["mat2"]) if call["mat1"] is not None else (call["batch1"], call["batch2"])
+    )
     name = graph.name(node)
     alpha, beta, added = call["alpha"], call["beta"], call["self"]
     plain = alpha == 1 and beta == 1
@@ -137,7 +145,11 @@ def _contract(graph: Graph, node: fx.Node, call: Call) -> None:
 
     def length(letter: str) -> Any:
         size = sizes[letter]
-        return size if isinstance(size, int) else insert(graph, node, aten.sym_size.int, origin[letter], f"{name}.size")
+        return (
+            size
+            if isinstance(size, int)
+            else insert(graph, node, aten.sym_size.int, origin[letter], f"{name}.size")
+        )
 
     def lengths(group: Sequence[str]) -> Any:
         parts = [length(x) for x in group]
@@ -145,17 +157,19 @@ def _contract(graph: Graph, node: fx.Node, call: Call) -> None:
             return reduce(operator.mul, parts, 1)
         return reduce(lambda p, q: insert(graph, node, operator.mul, (p, q), f"{name}.size"), parts)
 
-    def arranged(value: fx.Node, names: str, order: list[str], shape: list[Any], what: str) -> fx.Node:
-        dims = [names.index(x) for x in order]
+    head = [length(x) for x in batch]
+
+    def arranged(value: fx.Node, names: str, above: list[str], below: list[str], what: str) -> fx.Node:
+        dims = [names.index(x) for x in (*batch, *above, *below)]
         if dims != sorted(dims):
             value = insert(graph, node, aten.permute.default, (value, dims), f"{name}.{what}")
-        if len(shape) != len(order):
+        if len(above) != 1 or len(below) != 1:
+            shape = [*head, lengths(above), lengths(below)]
             value = insert(graph, node, aten.reshape.default, (value, shape), f"{name}.{what}")
         return value
 
-    head = [length(x) for x in batch]
-    left = arranged(tensors[0], a, batch + rows + shared, [*head, lengths(rows), lengths(shared)], "left")
-    right = arranged(tensors[1], b, batch + shared + columns, [*head, lengths(shared), lengths(columns)], "right")
+    left = arranged(tensors[0], a, rows, shared, "left")
+    right = arranged(tensors[1], b, shared, columns, "right")
     product = insert(graph, node, aten.matmul.default, (left, right), f"{name}.product")
     made = batch + rows + columns
     if len(rows) != 1 or len(columns) != 1:
@@ -174,11 +188,15 @@ def _letters(equation: str, ranks: Sequence[int]) -> tuple[str, str, str] | None
     if len(inside) != 2 or len(ranks) != 2:
         return None
     free = [c for c in "ZYXWVUTSRQ" if c not in equation]
-    hidden = [rank - len(text.replace("...", "")) if "..." in text else 0 for text, rank in zip(inside, ranks, strict=True)]
+    hidden = [
+        rank - len(text.replace("...", "")) if "..." in text else 0
+        for text, rank in zip(inside, ranks, strict=True)
+    ]
     if min(hidden) < 0 or max(hidden) > len(free):
         return None
     full = [
-        text.replace("...", "".join(free[max(hidden) - n : max(hidden)])) for text, n in zip(inside, hidden, strict=True)
+        text.replace("...", "".join(free[max(hidden) - n : max(hidden)]))
+        for text, n in zip(inside, hidden, strict=True)
     ]
     if len(sides) == 2:
         out = sides[1].replace("...", "".join(free[: max(hidden)]))

@@ -33,12 +33,13 @@ def from_program(
 
     Raises:
         GraphError: an alias, a region or a write to state that can't be kept.
-        LoadError: inputs that aren't plain tensors.
+        LoadError: inputs that aren't plain tensors; branches or loops that depend on data.
     """
     with quiet_export():
         gm = program.module(check_guards=False)
         assert isinstance(gm, fx.GraphModule)
         functionalize.inline_regions(gm)
+        _refuse_branches(gm)
         functionalize.drop_assertions(gm.graph)
         said = [*notes, *functionalize.functionalize(gm.graph)]
         inputs, sizes = _inputs(gm.graph, axes or {})
@@ -51,6 +52,17 @@ def from_program(
             custom = node.meta.pop("custom", None) or {}
             node.meta.update({k: custom[k] for k in _CARRIED if k in custom})
         return finish(raised, inputs, [*said, *more], stage, sizes)
+
+
+def _refuse_branches(gm: fx.GraphModule) -> None:
+    """`torch.cond` and its like keep sub-graphs, one of which runs; integers need one network that always does."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(gm, str(node.target), None), fx.GraphModule):
+            users = ", ".join(str(user.target) for user in node.users)
+            raise LoadError(
+                f"the network chooses between sub-graphs by its data ({users}): write it as one computation, as with "
+                "torch.where"
+            )
 
 
 def finish(

@@ -171,7 +171,7 @@ def _depends_on_nothing(node: fx.Node) -> bool:
     todo = [node]
     while todo:
         at = todo.pop()
-        if at.op == "placeholder" or (at.op == "call_module") or "rand" in str(at.target):
+        if at.op == "placeholder" or "rand" in str(at.target):
             return False
         todo += at.all_input_nodes
     return True
@@ -181,9 +181,10 @@ def _evaluate(graph: Graph, node: fx.Node) -> Any:
     if node.op == "get_attr":
         return fetch(graph.gm, str(node.target))
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(graph, n))
-    assert callable(node.target)
+    call = graph.gm.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+    assert callable(call)
     with torch.no_grad():
-        return node.target(*args, **kwargs)
+        return call(*args, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------------ batch norm

@@ -455,7 +455,7 @@ class _Planner:
 
 def _users(node: torch.fx.Node, ops: Mapping[torch.fx.Node, Op]) -> list[torch.fx.Node]:
     """Users of a tensor's values (not of its sizes); the graph's output counts as one."""
-    return [user for user in node.users if user not in ops or ops[user].kind != "shape"]
+    return [user for user in node.users if user not in ops or ops[user].kind not in ("shape", "const")]
 
 
 def _is_value(node: torch.fx.Node) -> bool:

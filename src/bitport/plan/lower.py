@@ -184,7 +184,9 @@ class _Lowering:
             weight = op.operands[1]
             assert weight is not None
             table = self._int_operand(weight, name, 1)
-            return self._call(name, torch.ops.aten.embedding.default, (table, self.floats[made_by(op, 0)]))
+            return self._call(
+                name, torch.ops.aten.embedding.default, (table, self._read_float(made_by(op, 0)))
+            )
         if op.kind in self.detours and tie is not None:
             reals = {
                 n: self._barrier(self._dequantize(q, tie, constant=False, name=name), name)

@@ -108,7 +108,7 @@ class OnnxRuntime(Target):
             raise TargetError(
                 f"ONNX Runtime has no provider {provider!r} here; it has {', '.join(ort.get_available_providers())}"
             )
-        model: str | bytes = _with_taps(path) if taps else str(path)
+        model: str | bytes = _with_taps(path) if taps else _readable(path)
         try:
             return ort.InferenceSession(model, options, providers=[provider])
         except Exception as error:
@@ -126,6 +126,15 @@ ALIASES = {
 def _user_name(name: str) -> str:
     """ONNX Runtime appends its own suffixes to the names of nodes that it makes."""
     return re.sub(rf"({AGAIN}\d+|_token_\d+|_nchwc|_nhwc|_quant)+$", "", name)
+
+
+def _readable(path: Path) -> str | bytes:
+    """What ONNX Runtime takes for a file: its path, or its content where the path is no valid Unicode."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return path.read_bytes()
+    return str(path)
 
 
 def _with_taps(path: Path) -> bytes:

@@ -160,7 +160,9 @@ def _histogram(x: Any, bins: int = 100, min: float = 0, max: float = 0) -> Any: 
     value = op.Unsqueeze(x, [-1])
     edges = [min + (max - min) * i / bins for i in range(bins + 1)]
     lower, upper = op.Constant(value_floats=edges[:-1]), op.Constant(value_floats=edges[1:])
-    below = op.Or(op.Less(value, upper), op.And(op.Equal(value, upper), op.Equal(upper, op.Constant(value_float=max))))
+    below = op.Or(
+        op.Less(value, upper), op.And(op.Equal(value, upper), op.Equal(upper, op.Constant(value_float=max)))
+    )
     inside = op.And(op.GreaterOrEqual(value, lower), below)
     return op.ReduceSum(op.Cast(inside, to=FLOAT.dtype), [0], keepdims=0)
 

@@ -16,7 +16,12 @@ Family = tuple[nn.Module, Callable[[int], Inputs]]
 
 VOCABULARY = 64
 LENGTH = 8
-WIDE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+WIDE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 
 
 def _images(size: int = 32) -> Callable[[int], Inputs]:
@@ -83,7 +88,7 @@ def _wav2vec2() -> Family:
     return model, lambda count: {"input_values": torch.randn(count, 800)}
 
 
-FAMILIES: dict[str, Callable[[], Family]] = {
+VISION: dict[str, Callable[[], Family]] = {
     "resnet": lambda: _vision(
         "ResNet", embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="bottleneck"
     ),
@@ -99,6 +104,9 @@ FAMILIES: dict[str, Callable[[], Family]] = {
         "Swin", image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
     ),
     "beit": lambda: _vision("Beit", **WIDE, image_size=32, patch_size=8, use_relative_position_bias=True),
+}
+
+SEQUENCES: dict[str, Callable[[], Family]] = {
     "bert": lambda: _text("Bert", **WIDE, max_position_embeddings=32),
     "distilbert": lambda: _text("DistilBert", dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=32),
     "roberta": lambda: _text("Roberta", **WIDE, max_position_embeddings=40, pad_token_id=0),
@@ -115,6 +123,8 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "whisper_encoder": _whisper,
     "wav2vec2": _wav2vec2,
 }  # fmt: skip
+
+FAMILIES = {**VISION, **SEQUENCES}
 
 
 def build(name: str, seed: int = 0) -> Family:

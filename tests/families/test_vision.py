@@ -1,0 +1,19 @@
+"""Vision networks of Hugging Face: values, gradients, and integers on ONNX Runtime."""
+
+from __future__ import annotations
+
+import pytest
+from tests.families import VISION
+from tests.families.check import on_the_runtime, values_and_gradients
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_values_and_gradients_are_the_originals(name: str) -> None:
+    values_and_gradients(name, 3)
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_its_integers_arrive_on_the_runtime(name: str) -> None:
+    result = on_the_runtime(name)
+    assert result.share() > 0.9
+    assert result.prepared.real_error(result.example) < 0.25
