@@ -153,7 +153,9 @@ class TestLikelihood:
         nll = built_in("nll").scores(logits, labels)
         torch.testing.assert_close(nll, per_label.sum(1) / torch.tensor([3, 5, 5]))
         expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten()).exp()
-        assert built_in("perplexity").value(logits, labels) == pytest.approx(float(expected), rel=1e-6)
+        assert built_in("aligned_perplexity").value(logits, labels) == pytest.approx(
+            float(expected), rel=1e-6
+        )
 
     def test_an_impossible_label_is_an_error_with_its_sample(self) -> None:
         logits = LOGITS.clone()
@@ -166,7 +168,7 @@ class TestLikelihood:
         with pytest.raises(MetricError, match="sample 0 as nan"):
             built_in("nll").scores(LOGITS, labels)
         with pytest.raises(MetricError, match="ignored"):
-            built_in("perplexity").value(LOGITS, labels)
+            built_in("aligned_perplexity").value(LOGITS, labels)
 
     def test_perplexity_has_no_scores(self) -> None:
         with pytest.raises(MetricError, match=r"value\(…\)"):
@@ -257,7 +259,9 @@ class TestGet:
 
     def test_every_built_in_is_described(self) -> None:
         known = metrics.known()
-        assert list(known) == sorted(["agreement", "mse", "nll", "perplexity", "top1"])
+        assert list(known) == sorted(
+            "agreement aligned_perplexity f1 f1_macro mae map map50 miou mse nll perplexity r2 rmse top1 wer".split()
+        )
         assert all(len(line) > 20 for line in known.values())
 
     def test_top1_of_several_outputs_is_refused(self) -> None:

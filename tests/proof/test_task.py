@@ -111,7 +111,7 @@ def test_dataset_metric_keeps_the_outputs_and_is_bootstrapped() -> None:
     labels = torch.randint(0, CLASSES, (90,), generator=generator)
     ours = 3 * torch.nn.functional.one_hot(labels, CLASSES) + torch.randn(90, CLASSES, generator=generator)
     run = ours + 0.8 * torch.randn(90, CLASSES, generator=generator)
-    metric = get("perplexity", True)
+    metric = get("aligned_perplexity", True)
     accumulator = TaskAccumulator(metric, 0.5)
     for part in torch.split(torch.arange(90), 40):
         accumulator.update(ours[part], ours[part], run[part], labels[part])

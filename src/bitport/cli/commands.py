@@ -79,7 +79,7 @@ def inspect(model: str, target: str | None, as_json: bool) -> None:
 @click.option("--data", required=True, metavar="D", help="Calibration data; labels are ignored.")
 @click.option("--train", metavar="D", help="Training data, for recipes that train.")
 @click.option("--eval", "evaluation", metavar="D", help="Evaluation data: decides whether the result holds.")
-@click.option("--metric", metavar="M", help="Metric on the evaluation data (top1, nll, mse, perplexity …).")
+@click.option("--metric", metavar="M", help="Metric on the evaluation data (see 'bitport list metrics').")
 @click.option("--max-drop", type=float, metavar="X", help="Largest loss allowed, in the metric's unit.")
 @click.option("--effort", metavar="E", help="fast, balanced or best.")
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Artifact folder.")
@@ -160,7 +160,9 @@ def report(folder: Path, as_json: bool) -> None:
 
 
 @cli.command(name="list")
-@click.argument("kind", type=click.Choice(["targets", "recipes", "steps", "formats", "ranges", "criteria"]))
+@click.argument(
+    "kind", type=click.Choice(["targets", "recipes", "steps", "formats", "ranges", "metrics", "criteria"])
+)
 @_json
 def list_(kind: str, as_json: bool) -> None:
     """Names that recipes and flags may use."""
@@ -284,6 +286,12 @@ def _list_ranges() -> dict[str, Any]:
     return {name: {"summary": summary} for name, summary in ranges.known().items()}
 
 
+def _list_metrics() -> dict[str, Any]:
+    from .. import metrics
+
+    return {name: {"summary": summary} for name, summary in metrics.known().items()}
+
+
 def _list_criteria() -> dict[str, Any]:
     # pruning criteria are the public functions of one file; a version without pruning has none
     if find_spec("bitport.numerics.importance") is None:
@@ -298,6 +306,7 @@ _LISTINGS: dict[str, Callable[[], dict[str, Any]]] = {
     "steps": _list_steps,
     "formats": _list_formats,
     "ranges": _list_ranges,
+    "metrics": _list_metrics,
     "criteria": _list_criteria,
 }
 

@@ -2,8 +2,8 @@
 the drop stays within what was allowed.
 
 A drop is always a loss: positive means worse, also where a lower score is better. Batches stream through;
-what stays is one number per sample and side, or the outputs themselves for metrics that only a whole data set
-has.
+what stays is one number per sample and side; for metrics that only a whole data set has, what the metric collects
+of each sample, or the outputs themselves where it collects nothing.
 
 Legend: N samples.
 """
@@ -18,11 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError
-from ..metrics import Metric, Outputs
+from ..errors import DataError, MetricError
+from ..metrics import Metric, Outputs, Ragged
 from ..numerics.intervals import Interval, bootstrap_dataset, paired_binary, paired_mean, verdict
 
 _NO_LIMIT = "no max_drop was given"
+_UNSTEADY = (
+    "metric {!r} scored the same outputs twice and differently: make it deterministic (seed what it draws)"
+)
 
 
 def task_record(
@@ -75,17 +78,37 @@ class TaskAccumulator:
                 batch=index,
             )
         against = labels if self._metric.needs_labels else float_out
+        if index == 0:
+            self._refuse_chance(float_out, against)
         for side, outputs in (("float", float_out), ("simulated", sim_out), ("runtime", run_out)):
             if outputs is not None:
                 self._sides[side].append(self._kept(outputs, against))
-        # labels of per-sample metrics have done their work; only that there were some is remembered
-        self._labels.append(labels if self._metric.dataset is not None or labels is None else True)
+        # most metrics are done with the labels; only that there were some is remembered
+        done = self._metric.dataset is None or self._metric.collect is not None
+        self._labels.append(True if done and labels is not None else labels)
         self._samples += _length(float_out)
 
     def _kept(self, outputs: Outputs, against: Any) -> Any:
         if self._metric.dataset is None:
             return self._metric.scores(outputs, against)
-        return _to_cpu(outputs)
+        return self._metric.keep(outputs, against)[0]
+
+    def _refuse_chance(self, outputs: Outputs, against: Any) -> None:
+        """A metric that gives two scores for the same outputs would report its own dice as a loss."""
+        metric = self._metric
+        if metric.dataset is None:
+            equal = torch.equal(metric.scores(outputs, against), metric.scores(outputs, against))
+        else:
+            kept = [metric.keep(outputs, against) for _ in range(2)]
+            try:
+                equal = metric.conclude(*kept[0]) == metric.conclude(*kept[1])
+            except MetricError:  # one batch may be too little for a data-set metric; the whole will tell
+                return
+        if not equal:
+            raise MetricError(
+                f"metric {metric.name!r} gives different scores for the same outputs and labels: take the random "
+                "choice out of it, or seed it"
+            )
 
     def record(self) -> dict[str, Any]:
         """The `task` section of the measurement record.
@@ -145,25 +168,19 @@ class TaskAccumulator:
         return values, paired_mean(ours - run, float(both.max() - both.min())), False
 
     def _dataset(self, simulated: bool) -> tuple[dict[str, float | None], Interval]:
+        metric = self._metric
         ours, run = (_joined(self._sides[side]) for side in ("float", "runtime"))
-        against = _joined(self._labels) if self._metric.needs_labels else ours
-        sim = self._metric.value(_joined(self._sides["simulated"]), against) if simulated else None
+        against = None if metric.collect else _joined(self._labels) if metric.needs_labels else ours
         values = {
-            "float": self._metric.value(ours, against),
-            "simulated": sim,
-            "runtime": self._metric.value(run, against),
+            "float": metric.conclude(ours, against),
+            "simulated": metric.conclude(_joined(self._sides["simulated"]), against) if simulated else None,
+            "runtime": metric.conclude(run, against),
         }
-        return values, bootstrap_dataset(self._metric.value, ours, run, against, self._samples)
+        return values, bootstrap_dataset(metric.conclude, ours, run, against, self._samples)
 
 
 def _length(outputs: Outputs) -> int:
     return len(outputs if isinstance(outputs, Tensor) else next(iter(outputs.values())))
-
-
-def _to_cpu(outputs: Outputs) -> Outputs:
-    if isinstance(outputs, Tensor):
-        return outputs.detach().cpu()
-    return {name: value.detach().cpu() for name, value in outputs.items()}
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -173,6 +190,8 @@ def _joined(parts: list[Any]) -> Any:
         return None
     if isinstance(first, Mapping):
         return {name: _joined([part[name] for part in parts]) for name in first}
+    if isinstance(first, Ragged):
+        return Ragged.joined(parts)
     if isinstance(first, Tensor):
         return torch.cat([part.detach().cpu() for part in parts])
     if isinstance(first, np.ndarray):
