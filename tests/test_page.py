@@ -5,9 +5,6 @@ import itertools
 import json
 import os
 import re
-import shutil
-import subprocess
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,8 @@ from bitport.errors import ArtifactError
 from bitport.page import render
 from bitport.page.figures import drawn, figures
 from bitport.page.page import to_html
-from bitport.page.summary import comparison, worst_layers
+from bitport.page.ranges import MOST, ranges
+from bitport.page.summary import comparison, islands, worst_layers
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m'\"&amp;</script>{{7*7}}"
 BASE = fixtures.record()
@@ -160,7 +158,7 @@ def test_not_faster_is_said() -> None:
     assert "Not faster:" in text
 
 
-SECTIONS = ("task", "parity", "integer", "latency", "size", "layers")
+SECTIONS = ("task", "parity", "integer", "latency", "size", "layers", "distributions", "network")
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -189,6 +187,25 @@ def test_hostile_names_are_only_text(tmp_path: Path) -> None:
             "float_ops": [{"name": HOSTILE, "op": HOSTILE, "reason": HOSTILE, "macs": 0}],
             "kernels": {HOSTILE: 1},
         },
+        "distributions": [
+            {**row, "tensor": HOSTILE + row["tensor"], "format": HOSTILE} for row in fixtures.distributions()
+        ],
+        "network": {
+            "nodes": [
+                {
+                    **node,
+                    "name": HOSTILE,
+                    "op": HOSTILE,
+                    "module": HOSTILE,
+                    "kernel": HOSTILE,
+                    "reason": HOSTILE,
+                }
+                for node in fixtures.network()["nodes"]
+            ],
+            "edges": fixtures.network()["edges"],
+        },
+        "tried": [{"what": HOSTILE, "outcome": HOSTILE, "reason": HOSTILE}],
+        "seconds": {"steps": {HOSTILE: 1.0}},
         "task": {**BASE["task"], "metric": HOSTILE, "verdict": "undecided"},
         "verdict": None,
     }
@@ -210,7 +227,13 @@ def test_a_huge_network_stays_within_six_megabytes(tmp_path: Path) -> None:
         for i, layer in enumerate(fixtures.layers(1300))
     ]
     assert len(layers) > 3500
-    path = render(fixtures.write(tmp_path, layers=layers))
+    long = "very_long_module_name." * 9
+    network, distributions = fixtures.network(1300), fixtures.distributions(1300)
+    for node in network["nodes"]:
+        node["name"], node["module"] = long + node["name"], long + node["module"]
+    for row in distributions:
+        row["tensor"] = long + row["tensor"]
+    path = render(fixtures.write(tmp_path, layers=layers, network=network, distributions=distributions))
     assert path.stat().st_size <= 6_000_000
     assert f"{len(layers):,}" in path.read_text(encoding="utf-8")
 
@@ -252,6 +275,84 @@ def test_a_target_that_only_simulates_has_one_line() -> None:
     assert "layer4.add" in only[0]["text"][12]
 
 
+def test_a_record_from_before_there_were_pictures_renders() -> None:
+    old = {key: value for key, value in BASE.items() if key not in ("distributions", "network", "tried")}
+    found = Page(to_html(old))
+    assert {"ranges", "network", "tried"} <= set(found.ids)
+    assert "98.89 %" in found.text
+    assert "svg" not in found.tags and "select" not in found.tags
+
+
+def test_what_was_tried_is_told_with_times_in_order() -> None:
+    steps = {"0 fold": 0.3, "2 calibrate": 4.2, "10 correct_bias": 0.05, "1 quantize": 0.1}
+    text = page(seconds={"steps": steps}).text
+    places = [text.index(word) for word in ("fold", "quantize", "calibrate", "correct_bias")]
+    tried = text.index("What was tried")
+    assert [text.index(word, tried) for word in ("fold", "quantize", "calibrate", "correct_bias")] == sorted(
+        text.index(word, tried) for word in ("fold", "quantize", "calibrate", "correct_bias")
+    )
+    assert places and "4.20 s" in text and "50.0 ms" in text
+    for words in ("bias correction", "left out", "error 0.0123 without, 0.0131 with it"):
+        assert words in text
+    assert "No step had to choose" in page(tried=[]).text
+
+
+def test_float_operators_are_grouped_by_reason_and_all_named() -> None:
+    rows = [{"name": f"block{i}.gelu", "op": "gelu", "reason": "no kernel", "macs": 0} for i in range(12)]
+    rows.append({"name": "head", "op": "linear", "reason": "an override", "macs": 1000})
+    record = fixtures.record(integer={**BASE["integer"], "float_ops": rows})
+    assert [(group.op, len(group.names), group.macs) for group in islands(record)] == [
+        ("linear", 1, 1000),
+        ("gelu", 12, 0),
+    ]
+    text = Page(to_html(record)).text
+    assert "and 11 more" in text
+    for row in rows:
+        assert row["name"] in text
+
+
+def test_gates_are_in_the_words_of_the_table() -> None:
+    gates = [
+        {"name": "accuracy", "value": 0.00111, "limit": 0.005, "verdict": "holds"},
+        {"name": "runtime equals simulation", "value": 0.97, "limit": 0.99, "verdict": "fails"},
+        {"name": "other", "value": -0.25, "limit": None, "verdict": "holds"},
+    ]
+    verdict = {**BASE["verdict"], "passed": False, "gates": gates}
+    text = " ".join(page(verdict=verdict).text.split())
+    for words in ("0.11 points worse at most 0.50 points worse", "97 % at least 99 %", "other−0.25–"):
+        assert words.replace(" ", "") in text.replace(" ", ""), words
+
+
+def test_the_worst_tensors_are_picked_first() -> None:
+    made = ranges(BASE)
+    assert made is not None
+    rows = BASE["distributions"]
+    assert made.total == len(rows) == len(made.data)
+    assert [t.name for t in made.weights] == [row["tensor"] for row in rows if row["what"] == "weights"]
+    # no weight is clipped: the one of the layer with the lowest ratio comes first
+    first = {what: made.data[index] for what, index in made.first.items()}
+    assert rows[made.first["weights"]]["tensor"] == "layer4.conv1.weight"
+    assert rows[made.first["activations"]]["clipped_share"] == max(row["clipped_share"] for row in rows)
+    assert first["weights"]["inside"] == [0, 59] and first["weights"]["range"] == [-128, 127]
+    low, high = first["activations"]["inside"]
+    assert (low, high) == (0, 54)
+    assert [tensor.share for tensor in made.worst] == sorted((t.share for t in made.worst), reverse=True)
+    assert "none of" in made.weights[0].text and "a scale per channel" in made.weights[0].text
+
+
+def test_of_very_many_tensors_the_worst_of_both_kinds_are_kept() -> None:
+    record = fixtures.record(distributions=fixtures.distributions(200))
+    made = ranges(record)
+    assert made is not None
+    assert len(made.data) == MOST < made.total
+    assert len(made.weights) == MOST // 2
+    few = ranges(
+        fixtures.record(distributions=[r for r in fixtures.distributions(200) if r["what"] == "weights"])
+    )
+    assert few is not None and len(few.data) == MOST
+    assert f"{MOST} worst of {made.total:,}" in Page(to_html(record)).text
+
+
 def test_rows_and_worst_layers() -> None:
     rows = {row.label: row for row in comparison(BASE)}
     assert rows["top-1"].change == "0.11 points worse (95 %: between 0.08 better and 0.40 worse)"
@@ -280,75 +381,3 @@ def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.M
         render(folder)
     assert (folder / "report.html").read_text() == "old"
     assert not list(folder.glob(".report*"))
-
-
-# ------------------------------------------------------------------------------------------- in a browser
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FRAME = """<!doctype html><iframe id="f" src="{url}" style="border:0;width:{width}px;height:3000px"></iframe>
-<script>onload = () => setTimeout(() => {{
-  const d = document.getElementById("f").contentDocument, e = d.documentElement;
-  const seen = [...d.querySelectorAll("section")].filter((s) => s.getBoundingClientRect().height > 40);
-  document.body.innerHTML = "<pre>" + JSON.stringify({{
-    overflow: e.scrollWidth - e.clientWidth, charts: e.dataset.charts,
-    drawn: d.querySelectorAll(".chart .main-svg .trace").length, sections: seen.map((s) => s.id),
-    figures: [...d.querySelectorAll(".chart")].map((c) => c.querySelectorAll("svg.main-svg").length > 0),
-  }}) + "</pre>";
-}}, 1500);</script>"""
-
-
-@pytest.fixture
-def browse(tmp_path: Path) -> Callable[[Path, int], tuple[dict[str, Any], str]]:
-    """Open a page in a frame of a width; returns (what it found, the browser's log)."""
-    if CHROMIUM is None:
-        if os.environ.get("CI"):
-            pytest.fail("Chromium is not installed: the report can't be checked in a browser")
-        pytest.skip("Chromium is not installed")
-    browser = CHROMIUM
-
-    def run(path: Path, width: int) -> tuple[dict[str, Any], str]:
-        frame = tmp_path / f"frame{width}.html"
-        frame.write_text(FRAME.format(url=path.as_uri(), width=width), encoding="utf-8")
-        flags = (
-            "--headless --no-sandbox --disable-gpu --disable-background-networking --enable-logging=stderr"
-        )
-        flags += (
-            " --allow-file-access-from-files --virtual-time-budget=20000 --window-size=1300,1000 --dump-dom"
-        )
-        done = subprocess.run(
-            [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", frame.as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        found = re.search(r"<pre>(\{.*?\})</pre>", done.stdout, re.DOTALL)
-        assert found is not None, done.stdout[:500] + done.stderr[-2000:]
-        parsed: dict[str, Any] = json.loads(found[1])
-        return parsed, done.stderr
-
-    return run
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("width", [390, 1200])
-def test_it_draws_without_an_error(
-    tmp_path: Path, width: int, browse: Callable[[Path, int], tuple[dict[str, Any], str]]
-) -> None:
-    found, log = browse(render(fixtures.write(tmp_path / "a")), width)
-    assert found["charts"] == "drawn"
-    assert found["figures"] == [True] * 4
-    assert found["drawn"] >= 7
-    assert found["sections"] == [
-        "comparison",
-        "accuracy",
-        "layers",
-        "parity",
-        "latency",
-        "sizes",
-        "integers",
-        "notes",
-        "origin",
-    ]
-    assert found["overflow"] <= 0
-    assert "CONSOLE" not in log

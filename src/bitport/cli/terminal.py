@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.progress import Task as RichTask
@@ -17,13 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import wording
-from ..page.summary import comparison, section, sqnr, worst_layers
+from ..page.summary import Row, comparison, islands, section, sqnr, worst_layers
 from ..progress import Progress, Task
 from ..proof.verdict import judge, subject
 from .run import shown
 
 _FILE_WIDTH = 120
 _NOTES = 3
+_ISLANDS = 3
+_WIDE = 100
+_MUCH_CLIPPED = 0.001
 
 
 class _Console(Console):
@@ -45,46 +49,83 @@ def _text(value: object, style: str = "") -> Text:
 def summary(record: Mapping[str, Any], folder: Path) -> None:
     """The table float | simulated | runtime, the verdict, and where to look next."""
     console = _console()
-    table = Table(
-        title=Text(subject(record)), title_justify="left", title_style="bold", box=None, pad_edge=False
-    )
-    table.add_column("")
-    for name in ("float", "simulated", "runtime"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for row in comparison(record):
-        cells = (row.label, row.float, row.simulated, row.runtime, row.change)
-        table.add_row(*(_text(cell, "dim" if i == 4 else "") for i, cell in enumerate(cells)))
-    console.print(table)
+    console.print(Text(subject(record), style="bold"))
+    _comparison(console, comparison(record))
     verdict = record.get("verdict") or judge(record)
     console.print()
     console.print(_verdict(verdict))
-    for label, text in _next(record, folder):
-        console.print(Text(f"  {label:<12} ", style="dim") + _text(text))
+    found = _next(record)
+    report = folder / "report.html"
+    if report.exists():
+        found.insert(0, ("report", shown(report)))
+    room = max((len(label) for label, _ in found), default=0)
+    for label, text in found:
+        head = Text(f"  {label:<{room}}  ", style="dim")
+        if label == "report":  # a path that is cut can't be copied: the window may wrap it
+            console.print(head + _text(text, "bold"), soft_wrap=True)
+            continue
+        hint = Table.grid()
+        hint.add_column(no_wrap=True)
+        hint.add_column(overflow="fold")
+        hint.add_row(head, _text(text))
+        console.print(hint)
+
+
+def _comparison(console: Console, rows: Sequence[Row]) -> None:
+    """One line for each row where the window is wide enough, else what changed on a line of its own."""
+    wide = console.width >= _WIDE
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=not wide)
+    for name in ("float", "simulated", "runtime"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if wide:
+        table.add_column("")
+    for row in rows:
+        cells = [_text(cell) for cell in (row.label, row.float, row.simulated, row.runtime)]
+        table.add_row(*cells, *([_text(row.change, "dim")] if wide else []))
+    if wide:
+        console.print(table)
+        return
+    with console.capture() as drawn:
+        console.print(table)
+    head, *lines = drawn.get().splitlines()
+    console.print(Text.from_ansi(head.rstrip()))
+    if len(lines) != len(rows):  # a window so small that lines were folded
+        console.print(Text.from_ansi("\n".join(lines)))
+        lines = [row.label for row in rows]
+    for line, row in zip(lines, rows, strict=True):
+        console.print(Text.from_ansi(line.rstrip()))
+        if row.change:
+            console.print(Padding(_text(row.change, "dim"), (0, 0, 0, 4)))
 
 
 def _verdict(verdict: Mapping[str, Any]) -> Text:
-    gates = verdict.get("gates") or ()
-    if any(gate["verdict"] == "fails" for gate in gates):
+    gates = {gate["name"]: gate["verdict"] for gate in verdict.get("gates") or ()}
+    if "fails" in gates.values():
         mark, style = "✗ ", "bold red"
     elif not verdict["passed"]:
         mark, style = "? ", "bold yellow"
-    else:
-        mark, style = ("✓ ", "bold green") if gates else ("• ", "bold")
+    else:  # a result that nobody set a limit for has not passed anything
+        mark, style = ("✓ ", "bold green") if "accuracy" in gates else ("• ", "bold")
     return Text(mark, style=style) + Text(wording.plain(verdict["sentence"], 1000), style="bold")
 
 
-def _next(record: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
+def _next(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(label, text): the places where a look is worth most."""
     found: list[tuple[str, str]] = []
-    if (folder / "report.html").exists():
-        found.append(("report", shown(folder / "report.html")))
     for row in worst_layers(record):
         found.append(("worst layer", f"{row['name']} ({row['op']}, {wording.decibel(sqnr(row))})"))
-    islands = section(record, "integer").get("float_ops") or ()
-    if islands:
-        first = f"{islands[0]['name']}: {islands[0]['reason']}"
-        more = f" (and {len(islands) - 1} more)" if len(islands) > 1 else ""
-        found.append(("in float", first + more))
+    clipped = max(record.get("distributions") or (), key=lambda row: row["clipped_share"], default=None)
+    if clipped is not None and clipped["clipped_share"] >= _MUCH_CLIPPED:
+        share = wording.percent(clipped["clipped_share"], 2)
+        found.append(("most clipped", f"{clipped['tensor']} ({share} of its {clipped['what']})"))
+    groups = islands(record)
+    for group in groups[:_ISLANDS]:
+        more = f" and {len(group.names) - 1} more" if len(group.names) > 1 else ""
+        label = "" if group is not groups[0] else "in float"
+        found.append((label, f"{group.names[0]}{more}: {group.reason}"))
+    if len(groups) > _ISLANDS:
+        found.append(("", f"and {len(groups) - _ISLANDS} more reasons in the report"))
     notes = record.get("notes") or ()
     found += [("note", note) for note in notes[:_NOTES]]
     if len(notes) > _NOTES:

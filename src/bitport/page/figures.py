@@ -159,14 +159,15 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Figure | None:
                 "title": {"text": "steps"},
                 "domain": [0, 0.2],
                 "range": [0, max(1.15, most * 1.15)],
-                "tickformat": "d",
-                "nticks": 3,
+                "dtick": max(1, -(-most // 3)),
             },
             "annotations": [
                 {
                     "x": worst[0],
                     "y": sqnr(worst[1]),
                     "text": f"lowest: {_name(worst[1], 28)}",
+                    # towards the middle: what sticks out would stretch the axis
+                    "xanchor": "right" if worst[0] > x[len(x) // 2] else "left",
                     "ax": 0,
                     "ay": 38,
                     "arrowcolor": "var(--muted)",

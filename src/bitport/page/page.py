@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from .. import records, wording
 from ..errors import ArtifactError
 from ..proof.verdict import judge, metric_label, subject
 from .figures import drawn, figures
-from .summary import Row, comparison, reason, section, sqnr
+from .network import picture
+from .ranges import ranges
+from .summary import Row, comparison, gates, islands, reason, section, sqnr
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MOST_ROWS = 500
@@ -79,9 +81,10 @@ def to_html(
         "threads",
     ):
         environment.filters[name] = getattr(wording, name)
+    environment.filters["name"] = _breakable
     layers = record.get("layers") or []
     verdict = record.get("verdict") or judge(record)
-    made = figures(record)
+    made, tensors = figures(record), ranges(record)
     return environment.get_template("page.html.j2").render(
         record=record,
         verdict=verdict,
@@ -91,10 +94,12 @@ def to_html(
         subject=subject(record),
         cards=_cards(record),
         rows=comparison(record),
+        gates=gates(record, verdict),
         task=section(record, "task"),
         label=metric_label(section(record, "task").get("metric") or "accuracy"),
         parity=section(record, "parity"),
         integer=section(record, "integer"),
+        islands=islands(record),
         latency=section(record, "latency"),
         size=section(record, "size"),
         memory=section(record, "memory"),
@@ -112,9 +117,14 @@ def to_html(
         why=lambda name, key=None: reason(record, name, key),
         figures=made,
         figures_json=_script_json(made),
-        plotly=_plotly() if made else "",
-        style=Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8")),
-        charts=Markup((_TEMPLATES / "charts.js").read_text(encoding="utf-8")),
+        ranges=tensors,
+        tensors_json=_script_json(tensors.data if tensors else []),
+        picture=picture(record.get("network")),
+        steps=_steps_taken(record),
+        plotly=_plotly() if made or tensors else "",
+        style=_template("style.css"),
+        charts=_template("charts.js"),
+        boxes=_template("network.js"),
     )
 
 
@@ -153,6 +163,16 @@ def _write(path: Path, page: str) -> Path:
     return path
 
 
+def _breakable(name: object) -> Markup:
+    """A name that lines may break after its dots and underscores."""
+    text = str(escape(wording.plain(name)))
+    return Markup(text.replace(".", ".<wbr>").replace("_", "_<wbr>"))
+
+
+def _template(name: str) -> Markup:
+    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
+
+
 def _plotly() -> Markup:
     from plotly.offline import get_plotlyjs
 
@@ -169,13 +189,13 @@ def _script_json(value: object) -> Markup:
 
 
 def _status(verdict: Mapping[str, Any]) -> str:
-    """`holds`, `fails`, `undecided`, or `measured` when no gate was set."""
-    gates = [gate["verdict"] for gate in verdict.get("gates") or ()]
-    if "fails" in gates:
+    """`holds`, `fails`, `undecided`, or `measured` when no limit was set for the accuracy."""
+    gates = {gate["name"]: gate["verdict"] for gate in verdict.get("gates") or ()}
+    if "fails" in gates.values():
         return "fails"
     if not verdict["passed"]:
         return "undecided"
-    return "holds" if gates else "measured"
+    return "holds" if "accuracy" in gates else "measured"
 
 
 def _cards(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -228,6 +248,17 @@ def _cards(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _steps(number: int) -> str:
     return f"{number} step{'' if number == 1 else 's'}"
+
+
+def _steps_taken(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """(step, milliseconds) in the order in which they ran; `2 calibrate` is the third."""
+    taken = section(section(record, "seconds"), "steps")
+
+    def place(name: str) -> tuple[bool, int]:
+        number = name.partition(" ")[0]
+        return not number.isdigit(), int(number) if number.isdigit() else 0
+
+    return [(name.lstrip("0123456789 "), taken[name] * 1000) for name in sorted(taken, key=place)]
 
 
 def _formats(plan: Mapping[str, Any] | None) -> list[tuple[str, str, int]]:

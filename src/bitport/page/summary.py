@@ -147,6 +147,50 @@ def _parity(record: Record) -> list[Row]:
     ]
 
 
+def gates(record: Record, verdict: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(gate, value, limit, verdict) of each gate, in the words of the table above it."""
+    binary = bool(section(record, "task").get("binary"))
+    unit = "points " if binary else ""
+    rows = []
+    for gate in verdict.get("gates") or ():
+        value, limit = gate.get("value"), gate.get("limit")
+        if gate["name"] == "accuracy" and value is not None:
+            allowed = wording.ABSENT if limit is None else f"at most {_loss(limit, binary, unit)}"
+            shown = (_loss(value, binary, unit), allowed)
+        elif gate["name"] == "runtime equals simulation":
+            shown = (wording.percent(value), f"at least {wording.percent(limit)}")
+        else:
+            shown = (_signed(value), _signed(limit))
+        rows.append((wording.plain(gate["name"]), *shown, wording.plain(gate["verdict"])))
+    return rows
+
+
+def _signed(value: float | None) -> str:
+    return wording.score(value, False).replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Islands:
+    """Operators of one kind that stay in float for one reason, in network order."""
+
+    op: str
+    reason: str
+    names: list[str]
+    macs: int
+
+
+def islands(record: Record) -> list[Islands]:
+    """The float operators by kind and reason; those that cost the most work first, then the most frequent."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in section(record, "integer").get("float_ops") or ():
+        found.setdefault((str(row.get("op")), str(row.get("reason"))), []).append(row)
+    made = [
+        Islands(op, why, [str(row.get("name")) for row in rows], sum(row.get("macs") or 0 for row in rows))
+        for (op, why), rows in found.items()
+    ]
+    return sorted(made, key=lambda group: (-group.macs, -len(group.names)))
+
+
 def worst_layers(record: Record, number: int = 1) -> Sequence[Mapping[str, Any]]:
     """The layers with the lowest signal-to-noise ratio, worst first."""
     found = [row for row in record.get("layers") or () if sqnr(row) is not None]

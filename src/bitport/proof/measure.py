@@ -26,7 +26,9 @@ from ..progress import Progress
 from ..simulate import Simulator
 from ..targets._base import Target, host
 from . import cost
+from .distributions import distributions
 from .integer import integer_record, layer_bytes
+from .network import network_record
 from .parity import LayerError, Parity
 from .task import TaskAccumulator
 from .verdict import judge
@@ -93,6 +95,11 @@ def measure(
     }
     parity = _run_task(subject, evaluation, metric, max_drop, progress, record)
     record["layers"] = _layers(subject, parity.layers if parity else {}, macs)
+    record["network"] = network_record(graph, plan, inspection)
+    if plan.quantized:
+        record["distributions"] = distributions(subject.reference, plan, evaluation, progress)
+    else:
+        _absent(record, "distributions", "nothing is quantized")
     if target.executes_integers:
         record["size"] = cost.sizes(folder / REFERENCE, folder)
         record["latency"] = _latency(subject, evaluation, progress)
