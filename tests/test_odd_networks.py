@@ -119,6 +119,13 @@ NETWORKS: dict[str, Odd] = {
         lambda: Net(lambda m, x: m.b((m.a(x) + m.d(x)).flatten(1, 3).mean(1)[:, None, None, None].softmax(3)
                                      * m.a(x)), a=conv(), d=conv(), b=conv(8, 4)), images,
     ),
+    "zeros around a max pool": (
+        lambda: Net(lambda m, x: m.b(m.n(F.max_pool2d(F.pad(m.a(x) - 3, (1, 1, 1, 1)), 3, 2)).relu()),
+                    a=conv(), n=nn.GroupNorm(4, 8), b=conv(8, 4)), images,
+    ),
+    "zeros around a max pool of integers": (
+        lambda: Net(lambda m, x: m.b(F.max_pool2d(F.pad(m.a(x), (1, 1, 1, 1)), 3, 2)), a=conv(), b=conv(8, 4)), images,
+    ),
     "standardised weights": (
         lambda: Net(lambda m, x: m.b(F.conv2d(x, F.batch_norm(m.w.view(1, 8, -1), None, None, training=True)
                                               .view(8, 3, 3, 3), padding=1).relu()),
@@ -160,7 +167,8 @@ def test_weights_that_are_computed_from_constants_only_become_constants() -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["mask as an input", "adaptive pool, uneven windows", "called twice in a row"]
+    "name",
+    ["mask as an input", "adaptive pool, uneven windows", "called twice in a row", "zeros around a max pool"],
 )
 def test_the_float_reference_arrives_unchanged(name: str, tmp_path: Any) -> None:
     build, data = NETWORKS[name]

@@ -58,6 +58,7 @@ def lower(
     flatten_linear: bool = False,
     barriers: frozenset[str] = frozenset(),
     detours: frozenset[str] = frozenset(),
+    apart: frozenset[tuple[str, str]] = frozenset(),
 ) -> Lowered:
     """Lower `graph` under `plan`; neither is changed.
 
@@ -69,11 +70,12 @@ def lower(
             lowest float behind them changes no value and stops that.
         detours: kinds of moves that run on dequantized values between two such barriers, because the runtime
             is slow on integers; the integers stay the same.
+        apart: (producer's kind, consumer's kind) that the runtime would merge wrongly in float.
 
     Raises:
         GraphError: the plan speaks of edges that the graph doesn't have, or of unmeasured ranges.
     """
-    return _Lowering(graph, plan, dtype, offset, flatten_linear, barriers, detours).run()
+    return _Lowering(graph, plan, dtype, offset, flatten_linear, barriers, detours, apart).run()
 
 
 class _Lowering:
@@ -86,8 +88,10 @@ class _Lowering:
         flatten_linear: bool,
         barriers: frozenset[str],
         detours: frozenset[str],
+        apart: frozenset[tuple[str, str]],
     ) -> None:
         self.graph, self.plan, self.barriers, self.detours = graph, plan, barriers, detours
+        self.apart = apart
         self.dtype, self.offset, self.flatten_linear = dtype, offset, flatten_linear
         self.new = fx.Graph()
         self.root = torch.nn.Module()
@@ -140,8 +144,13 @@ class _Lowering:
         if fusible and op.kind in FUSED_WITHOUT_QUANTIZE:
             apart = {n: self._barrier(self._read(n, name, op), name) for n in (made_by(op, 0),)}
             return self._copy(node, lambda n: apart[n] if n in apart else self._read(n, name, op))
-        new = self._copy(node, lambda n: self._read(n, name, op))
+        kept = {n for n in node.all_input_nodes if (self._kind(n), op.kind) in self.apart}
+        read = {n: self._barrier(self._read(n, name, op), name) for n in kept}
+        new = self._copy(node, lambda n: read[n] if n in read else self._read(n, name, op))
         return self._barrier(new, name) if fusible and self.plan.tie_of(name) is not None else new
+
+    def _kind(self, node: fx.Node) -> str:
+        return self.graph.op(node).kind if node.op in ("call_function", "call_module") else node.op
 
     def _barrier(self, value: fx.Node, name: str) -> fx.Node:
         lowest = self._buffer("lowest", torch.tensor(torch.finfo(torch.float32).min))

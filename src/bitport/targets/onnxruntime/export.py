@@ -23,7 +23,7 @@ from ...plan import Plan, lower
 from ...plan.capture import capture
 from ...plan.lower import QUANTIZED
 from ...plan.ops import DEQUANTIZE, QUANTIZE
-from .table import DETOURS, FUSED_UNASKED
+from .table import DETOURS, FUSED_UNASKED, MERGED_WRONGLY
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,6 +51,7 @@ def export_model(graph: Graph, plan: Plan, path: Path, *, opset: int) -> None:
         flatten_linear=True,
         barriers=FUSED_UNASKED,
         detours=DETOURS,
+        apart=MERGED_WRONGLY,
     )
     program = capture(lowered, graph)
     model = _to_onnx(program, opset, _experts(graph))
@@ -187,15 +188,17 @@ def _adaptive_average_pool(op: Any, x: Any, output_size: Sequence[int]) -> Any:
 @contextmanager
 def _silence() -> Iterator[None]:
     """The exporter logs about optional packages and warns about its own deprecations; neither is the user's."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _restore_names(model: ir.Model, graph: Graph, buffers: Mapping[str, str]) -> None:

@@ -125,3 +125,7 @@ FUSED_UNASKED = frozenset(
         "matmul",
     }
 )
+
+# Pad with zeros, then MaxPool: ONNX Runtime 1.31 moves the padding into the pool, where it means minus infinity, so
+# windows of negative values lose their zeros (in float too; the AveragePool and Conv forms are right).
+MERGED_WRONGLY = frozenset({("pad", "max_pool")})
