@@ -17,7 +17,7 @@ from . import artifact as artifacts
 from . import metrics, registry, store
 from .artifact import Artifact, make_target
 from .checkpoint import Checkpoint, identity, keeping, run_steps
-from .data import Batch, Source, open_data
+from .data import Batch, Source, open_data, read_arrays
 from .errors import BitportError, DataError, GateFailed, LoadError, RecipeError
 from .frontends import pytorch
 from .graph import Graph
@@ -26,10 +26,11 @@ from .metrics import Metric
 from .page import render
 from .plan import Plan, decide
 from .progress import NullProgress, Progress
-from .proof import cost
+from .proof import cost, device, doubts
 from .proof.measure import Subject, measure
 from .recipe import Recipe
 from .records import Measurement
+from .simulate import Simulator
 from .steps import _base as steps
 from .steps.quantize import ACTIVATIONS, WEIGHTS
 from .targets._base import Target, has_integer_dot_product, host
@@ -127,6 +128,7 @@ def compress(
     started = time.perf_counter()
     progress = progress or NullProgress()
     check_weights(graph.gm)  # they may have been changed since the network was loaded
+    _check_precision(graph)
     explicit, runtime = prepare(recipe, target, effort)
     calibration = _source(data, graph, explicit, "calibration", "ignored")
     judged = (
@@ -171,9 +173,11 @@ def compress(
         record = measure(subject, judged, chosen, max_drop, progress)
         record["notes"] = [
             *context.notes,
-            *_data_notes(calibration, judged, evaluation is not None),
+            *doubts.of_data(calibration, judged, evaluation is not None),
+            *doubts.of_task(record["task"], graph),
             *record["notes"],
         ]
+        record["tried"] = context.tried
         record["seconds"] = {
             "total": time.perf_counter() - started,
             "steps": dict(state.seconds),
@@ -216,6 +220,7 @@ def verify(
     metric: str | Metric | None = None,
     target: str | None = None,
     *,
+    outputs: str | Path | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
     """Run an artifact again on this machine and measure it against its float network. The folder isn't changed.
@@ -226,15 +231,24 @@ def verify(
         metric: default: the one that the artifact was judged by, where it is a built-in and `data` allows it; else
             as in `compress`.
         target: run the same plan on another runtime.
+        outputs: nothing is run: judge these outputs, which a device made of the inputs in `sample.npz`. An `.npz`, or
+            a mapping, with an array `output.<name>` for each output. The record is that of `proof.device`.
 
     Raises:
         Tampered: files of the folder changed since it was published.
         TargetError: the runtime fails.
+        DataError: `outputs` lacks an output, or has one of another shape or dtype, or not finite.
 
     What this machine makes of the golden inputs is told in `golden`; a difference is a note, not an error, because
     float operators may round otherwise on another processor.
     """
     opened = Artifact.load(folder)
+    if outputs is not None:
+        if (data, metric, target) != (None, None, None):
+            raise DataError(
+                "outputs= are judged by the golden sample alone: leave out data=, metric= and target="
+            )
+        return _judge_device(opened, outputs)
     subject = opened.subject()
     given = data is not None
     if data is None:
@@ -345,6 +359,18 @@ def _first(source: Source) -> Batch:
         raise DataError(f"the {source.role} data is empty: give at least one batch") from None
 
 
+def _check_precision(graph: Graph) -> None:
+    """Integer kernels begin and end in float32. Raises LoadError for a network of another precision."""
+    floats = [*((spec.name, spec.dtype) for spec in graph.inputs)]
+    floats += [(name, parameter.dtype) for name, parameter in graph.gm.named_parameters()]
+    for name, dtype in floats:
+        if dtype.is_floating_point and dtype != torch.float32:
+            raise LoadError(
+                f"{name!r} is {str(dtype).removeprefix('torch.')}: compression starts from float32; "
+                "call model.float(), give float32 inputs, and load the network again"
+            )
+
+
 def _bytes_needed(graph: Graph) -> int:
     """What a run writes at most: three float copies of the network, its integers, the report."""
     tensors = [*graph.gm.parameters(), *graph.gm.buffers()]
@@ -382,23 +408,23 @@ def _gate(
     return chosen, float(limit), []
 
 
+def _judge_device(opened: Artifact, outputs: str | Path | Mapping[str, Any]) -> Measurement:
+    found = outputs if isinstance(outputs, Mapping) else read_arrays(outputs)
+    sample = read_arrays(opened.path / artifacts.SAMPLE)
+    graph, inputs = opened.graph, artifacts.read_sample(opened.path, opened.graph)
+    arrays = device.read_outputs(found, sample, [spec.name for spec in graph.outputs])
+    simulated = Simulator(graph, opened.plan, opened.target.arithmetic()).run(inputs)
+    with torch.no_grad():
+        real = opened.original.run(*inputs)
+    record = device.judge_outputs(arrays, sample, graph, opened.plan, simulated, real)
+    facts = {key: opened.manifest.get(key) for key in ("recipe", "target")}
+    return Measurement({**facts, **record, "notes": []})
+
+
 def _moved(opened: Artifact, subject: Subject, target: str, scratch: Path) -> Subject:
     other = make_target(target)
     artifacts.write(scratch, subject.graph, opened.original, subject.plan, opened.recipe, other)
     return Subject(scratch, subject.reference, subject.graph, subject.plan, other, subject.facts)
-
-
-def _data_notes(calibration: Source, judged: Source, has_evaluation: bool) -> list[str]:
-    notes = []
-    if not has_evaluation:
-        notes.append(
-            "judged on the calibration data (no evaluation data was given): the real loss may be larger"
-        )
-    elif (shared := calibration.overlap(judged)) > 0:
-        notes.append(f"{shared} samples of the calibration data are in the evaluation data too")
-    if calibration.dropped:
-        notes.append(f"{calibration.dropped} calibration batches held NaN and were left out")
-    return notes
 
 
 def _worth(graph: Graph, name: str, macs: Mapping[str, int]) -> bool:

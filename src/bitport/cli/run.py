@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 HOLDS, ERROR, GATE, INTERRUPTED = 0, 1, 3, 75
 DEBUG = "BITPORT_DEBUG"
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory|bad_alloc|[Ff]ailed to allocate memory")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,10 @@ def run(work: Callable[[Progress], Outcome], as_json: bool) -> NoReturn:
         code = _fail(str(error), error, as_json)
     # SystemExit, too: the user's own module may call sys.exit while it is imported
     except (Exception, SystemExit) as error:  # noqa: BLE001
-        message = f"unexpected {type(error).__name__}: {error} ({DEBUG}=1 shows the traceback)"
+        message = (
+            _out_of_memory(error)
+            or f"unexpected {type(error).__name__}: {error} ({DEBUG}=1 shows the traceback)"
+        )
         code = _fail(message, error, as_json)
     sys.exit(code)
 
@@ -99,6 +104,16 @@ def _fail(message: str, error: BaseException, as_json: bool, code: int = ERROR) 
         document = json.dumps({"error": {"type": type(error).__name__, "message": message}}, indent=2)
         _write(lambda: click.echo(document))
     return code
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """What to say when memory ran out; torch and runtimes tell it in words only."""
+    words = str(error)
+    if not isinstance(error, MemoryError) and not _NO_MEMORY.search(words):
+        return None
+    size = re.search(r"(\d{4,}) bytes", words)
+    wanted = f" ({int(size[1]):,} bytes were asked for)" if size else ""
+    return f"out of memory{wanted}: use smaller batches, or a machine with more of it"
 
 
 def _line(message: str) -> str:

@@ -101,6 +101,10 @@ class Source:
         """How many distinct samples of this source `other` holds too (inputs equal to the byte)."""
         return len(self._hashed().samples & other._hashed().samples)
 
+    def distinct(self) -> int:
+        """How many samples differ from each other."""
+        return len(self._hashed().samples)
+
     def _hashed(self) -> _StreamHash:
         if self._hash is None:
             for _ in self:

@@ -28,6 +28,7 @@ from bitport.recipe.check import (
 
 SCHEMA = 1
 MAX_BYTES = 2**20
+MAX_DOTS = 1000
 
 # What surrounds a `quantize` step at each effort, in order. A step that is there already is not added again.
 BEFORE_QUANTIZE = ("fold",)
@@ -119,6 +120,9 @@ class Recipe:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read a recipe's TOML. Raises RecipeError, or UnknownName for names nobody registered."""
+        if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+            # the parser takes quadratic time for them
+            raise RecipeError(f"a line of the recipe has more than {MAX_DOTS} dots: no key is that deep")
         try:
             table = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:

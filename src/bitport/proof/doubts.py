@@ -1,0 +1,51 @@
+"""What makes a result doubtful although nothing failed: thin data, shared data, a float network that only guesses.
+
+Sentences for the report; none of them changes a verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..data import Source
+from ..graph import Graph
+
+FEW_SAMPLES = 16  # fewer distinct ones hardly show a network's ranges
+ENOUGH_TO_TELL = 20  # samples, before accuracy is compared with guessing
+
+
+def of_data(calibration: Source, judged: Source, has_evaluation: bool) -> list[str]:
+    """Doubts about the data that ranges were measured on and the result was judged by."""
+    notes = []
+    if not has_evaluation:
+        notes.append(
+            "judged on the calibration data (no evaluation data was given): the real loss may be larger"
+        )
+    elif (shared := calibration.overlap(judged)) > 0:
+        notes.append(f"{shared} samples of the calibration data are in the evaluation data too")
+    if calibration.dropped:
+        notes.append(f"{calibration.dropped} calibration batches held NaN and were left out")
+    if (distinct := calibration.distinct()) < FEW_SAMPLES:
+        notes.append(
+            f"the calibration data has only {distinct} distinct sample{'s' * (distinct != 1)}: "
+            f"values beyond theirs are clipped; give {FEW_SAMPLES} at least, better some hundreds"
+        )
+    return notes
+
+
+def of_task(task: Mapping[str, Any], graph: Graph) -> list[str]:
+    """A float network that is right no more often than guessing says nothing of what compression costs."""
+    classes = graph.outputs[0].shape[-1] if len(graph.outputs) == 1 and graph.outputs[0].shape else 0
+    if task["metric"] != "top1" or not task["labels"] or not isinstance(classes, int) or classes < 2:
+        return []
+    samples, found = task["samples"], task["float"]
+    chance = 1 / classes
+    # within two standard deviations of what guessing gives
+    if samples < ENOUGH_TO_TELL or found > chance + 2 * math.sqrt(chance * (1 - chance) / samples):
+        return []
+    return [
+        f"the float network itself is right on {found:.1%} of {samples} samples, no better than guessing among "
+        f"{classes} classes: check the preprocessing, the labels, and the order of the classes"
+    ]

@@ -1,0 +1,251 @@
+"""Odd networks and odd users (sections A, C and D of docs/faults.md): exact, or a typed error with the remedy."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tests import small
+from tests.flow import Net, assert_exact, prepare, ship, tokens
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional as F
+
+import bitport
+from bitport import Metric, Recipe
+from bitport.cli import cli
+from bitport.errors import BitportError, LoadError, MetricError, RecipeError
+from bitport.plan.options import resolve
+from bitport.proof import doubts
+from bitport.recipe import Override
+
+X = torch.zeros(4, 1, 8, 8)
+Linear = nn.Linear
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    small.quick(monkeypatch)
+    small.without_page(monkeypatch)
+
+
+# ------------------------------------------------------------------------------------- 16: hostile texts
+
+
+@pytest.mark.parametrize("pattern", ["*a" * 2000 + "b", "[" * 5000, "?" * 100_000, "(a+)+$" * 500, "\0*/../"])
+def test_hostile_layer_patterns_take_no_time(pattern: str) -> None:
+    graph = bitport.load(small.tiny(), X)
+    rules = bitport.artifact.make_target("null").rules()
+    options = bitport.steps.quantize
+    started = time.monotonic()
+    with pytest.raises(RecipeError, match="matches no operator"):
+        resolve(graph, rules, options.WEIGHTS, options.ACTIVATIONS, [Override(match=pattern, weights={})])
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = " + "[" * 100_000, "[a" + ".a" * 100_000 + "]", 'name = "\\ud800"', "x = nan\n",
+        '[[steps]]\nuse = "fold"\nx = inf', "[[steps]]\nuse = '../../etc/passwd'", "effort = '" + "a" * 70_000 + "'",
+    ],
+)  # fmt: skip
+def test_hostile_recipes_are_refused_at_once(text: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(BitportError):
+        Recipe.parse(text)
+    assert time.monotonic() - started < 2
+
+
+# ------------------------------------------------------------------------------------- 37, 38, 43: structure
+
+EMPTY = {
+    "empty buffer": lambda m, x: torch.cat([m.a(x), m.e.expand(x.shape[0], 6, 0)], -1),
+    "scalar parameter": lambda m, x: m.a(x) * m.s,
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_empty_tensors_and_scalars_are_exact(kind: str) -> None:
+    net = Net(
+        lambda m, x: m.b(F.relu(EMPTY[kind](m, x))),
+        a=Linear(12, 8), b=Linear(8, 4), e=torch.zeros(1, 6, 0), s=nn.Parameter(torch.tensor(0.7)),
+    )  # fmt: skip
+    prepared = prepare(net, [tokens(8)])
+    assert_exact(ship(prepared, tokens(4), tokens(0)))
+
+
+class Sequence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Linear(12, 8), Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)))
+
+
+def test_calibration_batches_of_differing_shapes(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    model = Sequence().eval()
+    shapes = ({0: Dim("batch"), 1: Dim("length")},)
+    graph = bitport.load(model, torch.randn(2, 5, 12), dynamic_shapes=shapes)
+    assert graph.inputs[0].shape == ("batch", "length", 12)
+    data = [torch.randn(*size, 12) for size in ((8, 5), (3, 17), (1, 1), (9, 2))]
+    artifact = bitport.compress(graph, "int8", target="null", data=data, metric="mse", out=tmp_path / "out")
+    assert artifact.measurements["parity.exact_share"] == 1.0
+    # as many values, cut otherwise, give the same ranges
+    again = bitport.compress(
+        graph, "int8", target="null", data=data[::-1], metric="mse", out=tmp_path / "again"
+    )
+    assert (artifact.path / "plan.json").read_bytes() == (again.path / "plan.json").read_bytes()
+    x = torch.randn(2, 30, 12)
+    found, real = artifact.predict(x), model(x).detach()
+    assert isinstance(found, Tensor)
+    assert float((found - real).abs().max()) < 0.1 * float(real.abs().max())
+
+
+def test_a_module_that_never_runs_is_left_out(tmp_path: Path) -> None:
+    net = Net(lambda m, x: m.a(x), a=Linear(12, 8), unused=Linear(300, 300))
+    prepared = prepare(net, [tokens(8)])
+    assert_exact(ship(prepared, tokens(4)))
+    assert [name for name in prepared.plan.ties if "unused" in name] == []
+
+
+def test_nothing_to_quantize_is_said_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_gelu.py").write_text(
+        "import torch\n"
+        "def net(): return torch.nn.GELU(), torch.zeros(2, 4)\n"
+        "def data(): return [torch.ones(2, 4)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["compress", "only_gelu:net", "--data", "only_gelu:data", "--target", "null", "--recipe", "int8"]
+    done = CliRunner().invoke(cli, [*words, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: nothing to do: no operator of this network can run in integers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_control_flow_that_capture_keeps_is_refused() -> None:
+    class Branch(Sequence):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda y: self.a(y), lambda y: self.a(-y), (x,))
+
+    with pytest.raises(LoadError, match=r"chooses between sub-graphs by its data \(cond\): write it as one"):
+        bitport.load(Branch(), torch.randn(2, 12))
+
+
+# ------------------------------------------------------------------------------------- 47, 48: layouts, types, modes
+
+
+def plan_of(model: nn.Module, x: Tensor = X) -> dict[str, Any]:
+    data = [batch.to(memory_format=torch.channels_last) for batch in small.calibration()]
+    prepared = prepare(model, data, "null")
+    return prepared.plan.to_record()
+
+
+def test_layouts_change_nothing() -> None:
+    def strided(model: small.Tiny) -> nn.Module:
+        for layer in (model.body, model.fc):
+            turned = layer.weight.detach().transpose(0, 1).contiguous().transpose(0, 1)
+            assert not turned.is_contiguous()
+            layer.weight = nn.Parameter(turned)
+        return model
+
+    usual = plan_of(small.tiny())
+    assert plan_of(strided(small.tiny())) == usual
+    last = small.tiny().to(memory_format=torch.channels_last)
+    assert plan_of(last) == usual
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_refused_with_the_remedy(tmp_path: Path, dtype: torch.dtype) -> None:
+    graph = bitport.load(small.tiny().to(dtype), X.to(dtype))
+    data = [batch.to(dtype) for batch in small.calibration()]
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(LoadError, match=rf"'\S+' is {name}: .*call model\.float\(\)"):
+        bitport.compress(graph, "int8", target="null", data=data, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_complex_weights_and_inputs_are_refused() -> None:
+    model = small.tiny()
+    model.fc.bias = nn.Parameter(model.fc.bias.detach().to(torch.complex64))
+    with pytest.raises(LoadError, match=r"fc\.bias is complex"):
+        bitport.load(model, X)
+    with pytest.raises(LoadError, match="is complex"):
+        bitport.load(small.tiny(), X.to(torch.complex64))
+
+
+def test_train_mode_gives_the_plan_of_eval_mode() -> None:
+    class Dropped(small.Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.dropout(x, 0.5, self.training))
+
+    models = [Dropped() for _ in range(2)]
+    for model in models:
+        model.load_state_dict(small.tiny().state_dict())
+    work = [bitport.load(model.train(mode), X) for model, mode in zip(models, (True, False), strict=True)]
+    x = small.patterns(8)[0]
+    with torch.no_grad():
+        first, second = (graph.run(x)[0] for graph in work)
+    assert torch.equal(first, second)
+    assert models[0].training
+
+
+# ------------------------------------------------------------------------------------- 49, 50: doubtful data
+
+
+@pytest.mark.parametrize(
+    ("data", "distinct"),
+    [
+        ([small.patterns(1)[0]], "1 distinct sample:"),
+        ([torch.zeros(16, 1, 8, 8)] * 3, "1 distinct sample:"),
+        ([small.patterns(15)[0]] * 2, "15 distinct samples:"),
+        ([small.patterns(16)[0]], None),
+    ],
+)
+def test_thin_calibration_data_is_told(data: list[Tensor], distinct: str | None) -> None:
+    source = bitport.data.Source(data, role="calibration", names=["x"], labels="ignored")
+    told = [note for note in doubts.of_data(source, source, True) if "distinct" in note]
+    assert len(told) == (distinct is not None)
+    if distinct:
+        assert f"the calibration data has only {distinct} values beyond theirs are clipped" in told[0]
+
+
+def test_a_float_network_that_guesses_is_told(tmp_path: Path) -> None:
+    wrong = [(x, (y + 1) % 3) for x, y in small.evaluation()]  # another order of classes than in training
+    notes = small.compressed(tmp_path / "wrong", evaluation=wrong).measurements["notes"]
+    (note,) = [note for note in notes if "guessing" in note]
+    assert "no better than guessing among 3 classes: check the preprocessing, the labels" in note
+    notes = small.compressed(tmp_path / "right").measurements["notes"]
+    assert [note for note in notes if "guessing" in note] == []
+
+
+# ------------------------------------------------------------------------------------- 52: metrics
+
+UNSTEADY: dict[str, Callable[[], Metric]] = {
+    "per sample": lambda: Metric("mine", True, per_sample=lambda outputs, labels: torch.rand(len(outputs))),
+    "data set": lambda: Metric("mine", True, dataset=lambda outputs, labels: random.random()),
+}
+
+
+@pytest.mark.parametrize("kind", UNSTEADY)
+def test_a_metric_that_changes_its_mind_is_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(MetricError, match="metric 'mine' scored the same outputs twice and differently"):
+        small.compressed(tmp_path / "out", metric=UNSTEADY[kind]())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_without_a_number_is_refused(tmp_path: Path, value: float) -> None:
+    with pytest.raises(MetricError, match="'mine'"):
+        small.compressed(tmp_path / "out", metric=Metric("mine", True, dataset=lambda *_: value))
+    assert list(tmp_path.iterdir()) == []
