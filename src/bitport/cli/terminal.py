@@ -58,11 +58,10 @@ def summary(record: Mapping[str, Any], folder: Path) -> None:
     report = folder / "report.html"
     if report.exists():
         found.insert(0, ("report", shown(report)))
-    room = max((len(label) for label, _ in found), default=0)
     for label, text in found:
-        head = Text(f"  {label:<{room}}  ", style="dim")
+        head = Text(f"  {label:<11}  ", style="dim")
         if label == "report":  # a path that is cut can't be copied: the window may wrap it
-            console.print(head + _text(text, "bold"), soft_wrap=True)
+            console.print(head + Text(wording.plain(text, 4096), style="bold"), soft_wrap=True)
             continue
         hint = Table.grid()
         hint.add_column(no_wrap=True)
@@ -118,14 +117,15 @@ def _next(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     clipped = max(record.get("distributions") or (), key=lambda row: row["clipped_share"], default=None)
     if clipped is not None and clipped["clipped_share"] >= _MUCH_CLIPPED:
         share = wording.percent(clipped["clipped_share"], 2)
-        found.append(("most clipped", f"{clipped['tensor']} ({share} of its {clipped['what']})"))
+        found.append(("clipped", f"{clipped['tensor']} ({share} of its {clipped['what']})"))
     groups = islands(record)
     for group in groups[:_ISLANDS]:
         more = f" and {len(group.names) - 1} more" if len(group.names) > 1 else ""
         label = "" if group is not groups[0] else "in float"
         found.append((label, f"{group.names[0]}{more}: {group.reason}"))
     if len(groups) > _ISLANDS:
-        found.append(("", f"and {len(groups) - _ISLANDS} more reasons in the report"))
+        rest = len(groups) - _ISLANDS
+        found.append(("", f"and {rest} more reason{'' if rest == 1 else 's'} in the report"))
     notes = record.get("notes") or ()
     found += [("note", note) for note in notes[:_NOTES]]
     if len(notes) > _NOTES:
