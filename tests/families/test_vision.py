@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tests.families import VISION
-from tests.families.check import on_the_runtime, values_and_gradients
+from tests.families.check import in_turn, on_the_runtime, values_and_gradients
 
 
 @pytest.mark.parametrize("name", VISION)
@@ -12,7 +12,7 @@ def test_values_and_gradients_are_the_originals(name: str) -> None:
     values_and_gradients(name, 3)
 
 
-@pytest.mark.parametrize("name", VISION)
+@pytest.mark.parametrize("name", in_turn(VISION, ("resnet", "vit")))
 def test_its_integers_arrive_on_the_runtime(name: str) -> None:
     result = on_the_runtime(name)
     assert result.share() > 0.9

@@ -15,6 +15,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from bitport.errors import BitportError, LoadError, first_line
+from bitport.frontends._training import decides, erased
 from bitport.graph.archive import check_weights
 from bitport.graph.export import quiet_export
 from bitport.graph.graph import META, Graph, InputSpec
@@ -47,7 +48,11 @@ def load_module(
     copied = _copy(model).to(device).eval()
     capture = _Capture(copied, args, kwargs)
     capture.run(dynamic_shapes)
-    return from_program(capture.program, copied, capture.axes(), capture.notes)
+    twin = _copy(copied) if decides(copied) else None
+    graph = from_program(capture.program, copied, capture.axes(), capture.notes)
+    if twin is not None:
+        graph.notes.extend(erased(copied, twin, args, kwargs, graph))
+    return graph
 
 
 def _again(model: RaisedModule, device: str) -> Graph:
