@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitport.errors import GraphError
+from bitport.errors import ArtifactError, GraphError
 from bitport.formats import Format
 from bitport.graph import Edge
 from bitport.plan import NodePlan, Plan, TensorPlan
@@ -45,6 +45,8 @@ def ties(draw: st.DrawFn) -> TensorPlan:
 @given(st.dictionaries(names, ties(), max_size=4), st.data())
 def test_a_record_gives_the_same_plan_back(known: dict[str, TensorPlan], data: st.DataObject) -> None:
     edges = {}
+    if any(tie.of for tie in known.values()):
+        known["x"] = TensorPlan(Format.parse("int8"), "measured")  # what those follow from
     if known:
         for slot in range(data.draw(st.integers(0, 4))):
             edges[Edge(data.draw(names), data.draw(names), slot)] = data.draw(st.sampled_from(sorted(known)))
@@ -99,3 +101,29 @@ def test_derived_ties_are_settled_from_what_they_follow() -> None:
     assert float(done["half"].parameters()[0]) == 0.25 and int(done["half"].parameters()[1]) == 3
     assert done["bias"].parameters()[0].tolist() == [0.0625, 0.5]
     assert (float(done["unit"].parameters()[0]), int(done["unit"].parameters()[1])) == (1 / 256, -128)
+
+
+TIE = {"format": "int8", "source": "measured", "scale": 0.5, "zero_point": 0}
+EDGE = {"producer": "x", "consumer": "a", "slot": 0, "tie": "x"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"edges": [{**EDGE, "tie": "y"}]}, "tie 'y' is not among the ties"),
+        ({"edges": [{**EDGE, "producer": 3}]}, "3 is no name"),
+        ({"ties": {"x": {**TIE, "source": "guess"}}}, "'guess' is no source"),
+        ({"ties": {"x": {**TIE, "scale": -1.0}}}, "not a finite positive number"),
+        ({"ties": {"x": {**TIE, "scale": [1.0, 2.0]}}}, r"scales \[2\] and zero points \[\]"),
+        ({"ties": {"x": {**TIE, "zero_point": None}}}, "a scale without a zero point"),
+        ({"ties": {"x": {**TIE, "of": ["z"]}}}, "tie 'z' is not among the ties"),
+        ({"nodes": {"a": {"kernel": 3}}}, "something else than text"),
+        ({"nodes": {"a": None}}, "TypeError"),
+        ({"ties": None}, "AttributeError"),
+    ],
+)  # fmt: skip
+def test_a_malformed_record_is_told(change: dict[str, object], said: str) -> None:
+    record = {"target": "null", "edges": [EDGE], "ties": {"x": TIE}, "nodes": {}}
+    assert Plan.from_record(record).quantized
+    with pytest.raises(ArtifactError, match=rf"the plan is malformed \(.*{said}.*\): make it again"):
+        Plan.from_record({**record, **change})

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-from ..errors import GraphError
+from ..errors import ArtifactError, FormatError, GraphError
 from ..formats import Format
 from ..graph import Edge
 
@@ -135,10 +135,39 @@ class Plan:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Plan:
-        edges = {Edge(e["producer"], e["consumer"], int(e["slot"])): str(e["tie"]) for e in record["edges"]}
-        ties = {str(name): _tie_from(value) for name, value in record["ties"].items()}
-        nodes = {str(name): NodePlan(**value) for name, value in record["nodes"].items()}
-        return cls(str(record["target"]), edges, ties, nodes)
+        """The plan of a record, trusting nothing of it. Raises ArtifactError."""
+        try:
+            edges = {
+                Edge(_text(e["producer"]), _text(e["consumer"]), int(e["slot"])): _text(e["tie"])
+                for e in record["edges"]
+            }
+            ties = {str(name): _tie_from(value) for name, value in record["ties"].items()}
+            nodes = {str(name): NodePlan(**value) for name, value in record["nodes"].items()}
+            unknown = {*edges.values(), *(name for tie in ties.values() for name in tie.of)} - set(ties)
+            if unknown:
+                raise ValueError(f"tie {min(unknown)!r} is not among the ties")
+            for node in nodes.values():
+                if any(value is not None and not isinstance(value, str) for value in vars(node).values()):
+                    raise ValueError(f"{node} holds something else than text")
+            return cls(_text(record["target"]), edges, ties, nodes)
+        except (
+            FormatError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+            OverflowError,
+        ) as error:
+            raise ArtifactError(
+                f"the plan is malformed ({type(error).__name__}: {error}): make it again"
+            ) from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no name")
+    return value
 
 
 def _tie_record(tie: TensorPlan) -> dict[str, Any]:
@@ -158,15 +187,27 @@ def _tie_record(tie: TensorPlan) -> dict[str, Any]:
 
 def _tie_from(record: Mapping[str, Any]) -> TensorPlan:
     scale, zero_point = record.get("scale"), record.get("zero_point")
-    bounds = record.get("bounds")
-    return TensorPlan(
+    bounds, source, spec = record.get("bounds"), record["source"], record.get("range", "minmax")
+    if source not in get_args(Source):
+        raise ValueError(f"{source!r} is no source of a range")
+    if not isinstance(spec, str | Mapping):
+        raise ValueError(f"{spec!r} is no range")
+    tie = TensorPlan(
         format=Format.parse(record["format"]),
-        source=record["source"],
-        range=record.get("range", "minmax"),
-        members=tuple(record.get("members", ())),
-        of=tuple(record.get("of", ())),
+        source=source,
+        range=spec,
+        members=tuple(map(_text, record.get("members", ()))),
+        of=tuple(map(_text, record.get("of", ()))),
         factor=float(record.get("factor", 1.0)),
         bounds=(float(bounds[0]), float(bounds[1])) if bounds else None,
         scale=None if scale is None else torch.tensor(scale, dtype=torch.float32),
         zero_point=None if zero_point is None else torch.tensor(zero_point, dtype=torch.int32),
     )
+    if (tie.scale is None) != (tie.zero_point is None):
+        raise ValueError("a scale without a zero point, or the other way round")
+    if tie.scale is not None and tie.zero_point is not None:
+        if tie.scale.shape != tie.zero_point.shape or tie.scale.ndim > 1:
+            raise ValueError(f"scales {list(tie.scale.shape)} and zero points {list(tie.zero_point.shape)}")
+        if not bool((torch.isfinite(tie.scale) & (tie.scale > 0)).all()):
+            raise ValueError("a scale that is not a finite positive number")
+    return tie
