@@ -107,6 +107,11 @@ class TestAgreement:
         with pytest.raises(MetricError, match=r"'agreement'.*sample 1 are NaN"):
             built_in("agreement").scores(outputs, outputs)
 
+    def test_outputs_without_classes_are_left_out(self) -> None:
+        ours = {"a": LOGITS, "value": torch.randn(4, 1)}
+        other = {"a": LOGITS, "value": torch.randn(4, 1)}
+        assert built_in("agreement").scores(ours, other).tolist() == [1.0] * 4
+
     def test_other_output_names_are_refused(self) -> None:
         with pytest.raises(MetricError, match=r"\['a'\].*\['b'\]"):
             built_in("agreement").scores({"a": LOGITS}, {"b": LOGITS})
@@ -237,6 +242,9 @@ class TestGet:
         assert metrics.get(None, True, LABELS.float()).name == "mse"
         assert metrics.get(None, True, [{"boxes": 1}]).name == "mse"
         assert metrics.get(None, False).name == "agreement"
+        assert metrics.get(None, False, None, [("batch", 1), ("batch", 7)]).name == "agreement"
+        regression = metrics.get(None, False, None, [("batch", 1), ("batch",)])
+        assert (regression.name, regression.against) == ("mse", "float")
 
     def test_a_metric_passes_through(self) -> None:
         mine = Metric("mse", True, per_sample=lambda o, y: o)

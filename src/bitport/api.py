@@ -28,6 +28,7 @@ from .plan import Plan, decide
 from .progress import NullProgress, Progress
 from .proof import cost, device, doubts
 from .proof.measure import Subject, measure
+from .proof.task import rehearse_on
 from .recipe import Recipe
 from .records import Measurement
 from .simulate import Simulator
@@ -151,7 +152,9 @@ def compress(
     ):
         checkpoint = Checkpoint(workspace.out, lambda: identity(graph, calibration, explicit, runtime, seed))
         first = _first(judged)
-        chosen = metrics.get(metric, first.labels is not None, first.labels)
+        shapes = [spec.shape for spec in graph.outputs]
+        chosen = metrics.get(metric, first.labels is not None, first.labels, shapes)
+        rehearse_on(graph, first, chosen)
         context = steps.Context(
             rules=runtime.rules(),
             arithmetic=runtime.arithmetic(),
@@ -256,7 +259,8 @@ def verify(
     judged = _source(data, subject.graph, opened.recipe, "evaluation", "optional")
     listener = progress or NullProgress()
     # a handful of golden samples can't decide the artifact's gate; data that was given can
-    chosen, limit, notes = _gate(opened, _first(judged), metric, given)
+    shapes = [spec.shape for spec in subject.graph.outputs]
+    chosen, limit, notes = _gate(opened, _first(judged), metric, given, shapes)
     if target is None or target == opened.target.name:
         record = measure(subject, judged, chosen, limit, listener)
         record["golden"] = artifacts.golden(opened.path, subject.graph, opened.session)
@@ -388,7 +392,11 @@ def _reference(graph: Graph, work: Graph) -> Graph:
 
 
 def _gate(
-    opened: Artifact, first: Batch, metric: str | Metric | None, given: bool
+    opened: Artifact,
+    first: Batch,
+    metric: str | Metric | None,
+    given: bool,
+    shapes: list[tuple[int | str, ...]],
 ) -> tuple[Metric, float | None, list[str]]:
     """(metric, limit, notes) to verify with: the artifact's own, unless another was asked for or it can't be."""
     own, limit = str(opened.manifest.get("metric")), opened.manifest.get("max_drop")
@@ -396,7 +404,7 @@ def _gate(
     if metric is None and given and own in metrics.known():
         with contextlib.suppress(DataError):  # it needs labels and there are none
             metric = metrics.get(own, labels is not None, labels)
-    chosen = metrics.get(metric, labels is not None, labels)
+    chosen = metrics.get(metric, labels is not None, labels, shapes)
     if not given or limit is None:
         return chosen, None, []
     if chosen.name != own:

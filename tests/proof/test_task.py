@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests import small
 
+import bitport
 from bitport.errors import DataError, MetricError
 from bitport.metrics import Metric, get
 from bitport.numerics.intervals import paired_binary
@@ -182,3 +186,15 @@ def test_nan_outputs_are_refused() -> None:
     run[3] = torch.nan
     with pytest.raises(MetricError, match="sample 3"):
         task_record(get("top1", True), ours, None, run, labels, 0.1)
+
+
+def test_a_metric_that_does_not_fit_is_told_before_the_long_work(tmp_path: Path) -> None:
+    def never() -> Iterator[torch.Tensor]:
+        raise AssertionError("calibration has begun")
+        yield
+
+    graph = bitport.load(small.two_inputs(), (torch.zeros(2, 6), torch.zeros(2, 4)))
+    labelled = [bitport.Batch(batch.inputs, torch.zeros(16, dtype=torch.long)) for batch in small.pairs()]
+    with pytest.raises(MetricError, match="several outputs"):
+        bitport.compress(graph, "int8", target="null", data=never, evaluation=labelled, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

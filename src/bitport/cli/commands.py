@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from ..errors import BitportError, LoadError
-from .run import DEBUG, ERROR, HOLDS, Outcome, measured, run, terminal
+from .run import DEBUG, ERROR, GATE, HOLDS, Outcome, measured, run, terminal
 
 if TYPE_CHECKING:
     from ..progress import Progress
@@ -127,19 +127,44 @@ def compress(
     run(work, as_json)
 
 
-@cli.command(short_help="Measure an artifact again on this machine.")
+@cli.command(short_help="Measure an artifact again, or judge a device's outputs.")
 @_folder
 @click.option("--data", metavar="D", help="Evaluation data; default: the artifact's own golden sample.")
+@click.option("--metric", metavar="M", help="Metric on that data; default: the artifact's own.")
 @click.option("--target", metavar="T", help="Another runtime than the artifact's.")
+@click.option(
+    "--outputs",
+    metavar="NPZ",
+    type=click.Path(path_type=Path),
+    help="Run nothing: judge what a device made of the inputs in DIR/sample.npz.",
+)
 @_json
-def verify(folder: Path, data: str | None, target: str | None, as_json: bool) -> None:
-    """Run the artifact in DIR again on this machine and measure it against its float network."""
+def verify(
+    folder: Path,
+    data: str | None,
+    metric: str | None,
+    target: str | None,
+    outputs: Path | None,
+    as_json: bool,
+) -> None:
+    """Run the artifact in DIR again on this machine and measure it against its float network.
+
+    With --outputs nothing is run: the .npz holds an array output.<name> for each output, made on a device from
+    the arrays input.<name> of DIR/sample.npz. Exit code 3 when they differ by more than two steps.
+    """
+    if outputs is not None and (data or metric or target):
+        raise click.UsageError("--outputs is judged by the golden sample alone: leave out the other options")
 
     def work(progress: Progress) -> Outcome:
         from .. import api
 
-        record = api.verify(folder, data=data, metric=None, target=target, progress=progress)
-        return measured(_as_mapping(record), folder)
+        if outputs is not None:
+            record = _as_mapping(api.verify(folder, outputs=outputs))
+            return Outcome(
+                record, lambda: _draw_outputs(record), HOLDS if record["verdict"]["passed"] else GATE
+            )
+        record = _as_mapping(api.verify(folder, data=data, metric=metric, target=target, progress=progress))
+        return measured(record, folder)
 
     run(work, as_json)
 
@@ -246,6 +271,28 @@ def _read(folder: Path) -> Mapping[str, Any]:
 
 def _as_mapping(record: Any) -> Mapping[str, Any]:
     return record if isinstance(record, Mapping) else record.record
+
+
+def _draw_outputs(record: Mapping[str, Any]) -> None:
+    """Each output of a device: its verdict, and how far it is from what."""
+    from .. import wording
+
+    steps = {"scale": "of its scale", "range": "1/255 of its range", "integers": "an integer"}
+    for row in record["outputs"]:
+        verdict = {"equal": "equal", "within": f"within {row['max_steps']} steps", "differs": "differs"}
+        click.echo(f"{wording.plain(row['name'])}: {verdict[row['verdict']]}")
+        said = f"largest difference {row['max_abs_difference']:.4g}, {wording.count(row['max_steps'])} steps"
+        click.echo(f"  from golden     {said} (a step is {row['step']:.4g}, {steps[row['step_of']]})")
+        click.echo(f"  from simulated  largest difference {row['max_abs_difference_simulated']:.4g}")
+        said = f"largest difference {row['max_abs_difference_float']:.4g}, SQNR {wording.decibel(row['sqnr_float_db'])}"
+        click.echo(f"  from float      {said} (golden: {wording.decibel(row['golden_sqnr_float_db'])})")
+        if row["top1_agreement"] is not None:
+            shares = [wording.percent(row[key]) for key in ("top1_agreement", "top1_agreement_float")]
+            click.echo(f"  same top class  {shares[0]} as golden, {shares[1]} as float")
+    click.echo()
+    click.echo(
+        f"{'✓' if record['verdict']['passed'] else '✗'} {wording.plain(record['verdict']['sentence'], 1000)}"
+    )
 
 
 def _list_targets() -> dict[str, Any]:

@@ -8,6 +8,7 @@ https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -66,34 +67,27 @@ def open_data(
     )
 
 
-class NpzFile:
-    """The arrays of an `.npz`, batch by batch. Opening it reads the headers only."""
+def read_arrays(path: str | Path) -> dict[str, np.ndarray[Any, Any]]:
+    """All arrays of a small `.npz`, whole. Raises DataError as `open_data` does; nothing is unpickled."""
+    place = Path(path)
+    if place.suffix != ".npz" or not place.is_file():
+        raise DataError(f"{place.name!r} is no .npz file here: save the arrays with numpy.savez")
+    return _Archive(place).read()
 
-    def __init__(self, path: Path, names: Sequence[str] | None, batch_size: int) -> None:
-        self._path, self._batch_size = path, batch_size
-        with self._opened() as archive:
-            arrays = self._headers(archive)
-        self._inputs, self._has_labels = self._choose(sorted(arrays), names)
-        counts = {name: shape[0] for name, shape in arrays.items()}
-        if len(set(counts.values())) != 1:
-            raise DataError(
-                f"the arrays of {path.name!r} differ in their number of samples (axis 0): {counts}"
-            )
-        self._count = next(iter(counts.values()))
 
-    def __len__(self) -> int:
-        """Number of batches; the last one may be short."""
-        return math.ceil(self._count / self._batch_size)
+class _Archive:
+    """An `.npz` that nobody vouches for."""
 
-    def __iter__(self) -> Iterator[Batch]:
-        columns = [*self._inputs, *(["y"] if self._has_labels else [])]
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> dict[str, np.ndarray[Any, Any]]:
         with self._opened() as archive, ExitStack() as stack:
-            readers = {name: self._reader(archive, name, stack) for name in columns}
-            for start in range(0, self._count, self._batch_size):
-                rows = min(self._batch_size, self._count - start)
-                arrays = {name: self._read(reader, name, rows) for name, reader in readers.items()}
-                labels = arrays.pop("y") if self._has_labels else None
-                yield Batch(arrays["x"] if self._inputs == ("x",) else arrays, labels)
+            shapes = self._headers(archive)
+            return {
+                name: self._read(self._reader(archive, name, stack), name, shape[0])
+                for name, shape in shapes.items()
+            }
 
     def _opened(self) -> zipfile.ZipFile:
         try:
@@ -144,6 +138,11 @@ class NpzFile:
             NotImplementedError,
             zipfile.BadZipFile,
             zlib.error,
+            # NumPy reads a header as a Python literal
+            SyntaxError,
+            tokenize.TokenError,
+            TypeError,
+            RecursionError,
         ) as error:
             raise self._refused(f"array {key!r} can't be read ({error})") from error
         if dtype.kind not in "biuf":
@@ -169,6 +168,40 @@ class NpzFile:
             raise self._refused(f"array {key!r} ends early")
         return np.frombuffer(bytearray(data), dtype).reshape(rows, *shape[1:])
 
+    def _refused(self, why: str) -> DataError:
+        return DataError(f"{self._path.name!r} is refused: {why}")
+
+
+class NpzFile(_Archive):
+    """The arrays of an `.npz`, batch by batch. Opening it reads the headers only."""
+
+    def __init__(self, path: Path, names: Sequence[str] | None, batch_size: int) -> None:
+        super().__init__(path)
+        self._batch_size = batch_size
+        with self._opened() as archive:
+            arrays = self._headers(archive)
+        self._inputs, self._has_labels = self._choose(sorted(arrays), names)
+        counts = {name: shape[0] for name, shape in arrays.items()}
+        if len(set(counts.values())) != 1:
+            raise DataError(
+                f"the arrays of {path.name!r} differ in their number of samples (axis 0): {counts}"
+            )
+        self._count = next(iter(counts.values()))
+
+    def __len__(self) -> int:
+        """Number of batches; the last one may be short."""
+        return math.ceil(self._count / self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        columns = [*self._inputs, *(["y"] if self._has_labels else [])]
+        with self._opened() as archive, ExitStack() as stack:
+            readers = {name: self._reader(archive, name, stack) for name in columns}
+            for start in range(0, self._count, self._batch_size):
+                rows = min(self._batch_size, self._count - start)
+                arrays = {name: self._read(reader, name, rows) for name, reader in readers.items()}
+                labels = arrays.pop("y") if self._has_labels else None
+                yield Batch(arrays["x"] if self._inputs == ("x",) else arrays, labels)
+
     def _choose(self, keys: Sequence[str], names: Sequence[str] | None) -> tuple[tuple[str, ...], bool]:
         """(names of the input arrays, whether `y` holds labels)"""
         has_labels = "y" in keys and "y" not in (names or ())
@@ -187,9 +220,6 @@ class NpzFile:
         raise DataError(
             f"{self._path.name!r} holds the arrays {list(keys)}; {inputs} and optionally 'y' were expected"
         )
-
-    def _refused(self, why: str) -> DataError:
-        return DataError(f"{self._path.name!r} is refused: {why}")
 
 
 def _from_callable(spec: str) -> Any:

@@ -6,6 +6,7 @@ data set reduce each batch to a few numbers per sample (`Metric.collect`), so th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from bitport.errors import DataError, UnknownName
 from . import _classes, _detection, _regression
 from ._metric import Metric, Outputs
 from ._ragged import Ragged
-from ._reading import IGNORED_LABEL, are_integers
+from ._reading import IGNORED_LABEL, are_integers, shape_has_classes
 from ._sequences import word_error_rate
 
 __all__ = ["IGNORED_LABEL", "Metric", "Outputs", "Ragged", "get", "known", "word_error_rate"]
@@ -44,16 +45,25 @@ _BUILT_INS: dict[str, Metric] = {
 _ERRORS = ("mse", "mae", "rmse")  # without labels: their distance from the float network's outputs
 
 
-def get(metric: str | Metric | None, has_labels: bool, labels: Any = None) -> Metric:
+def get(
+    metric: str | Metric | None,
+    has_labels: bool,
+    labels: Any = None,
+    shapes: Sequence[Sequence[int | str]] = (),
+) -> Metric:
     """The metric that was asked for, ready for the data at hand.
 
     metric: a built-in's name, a Metric, or None: `top1` for integer labels, `mse` for others, and without
-        labels the agreement with the float network. `labels` (those of one batch) tells integers from others;
-        without it they are taken for integers.
+        labels the agreement with the float network, or `mse` from it where no output has classes. `labels`
+        (those of one batch) tells integers from others; without it they are taken for integers.
+    shapes: of the network's outputs, if they are known.
     Raises UnknownName; DataError when the metric needs labels and there are none.
     """
     if metric is None:
-        metric = "agreement" if not has_labels else "top1" if are_integers(labels) else "mse"
+        if has_labels:
+            metric = "top1" if are_integers(labels) else "mse"
+        else:
+            metric = "agreement" if not shapes or any(map(shape_has_classes, shapes)) else "mse"
     if isinstance(metric, str):
         if metric not in _BUILT_INS:
             raise UnknownName("metric", metric, _BUILT_INS)

@@ -16,7 +16,16 @@ from bitport.errors import MetricError
 
 from ._metric import Outputs
 from ._ragged import Ragged
-from ._reading import IGNORED_LABEL, by_class, classified, mean_of_valid, mean_per_sample, paired, single
+from ._reading import (
+    IGNORED_LABEL,
+    by_class,
+    classified,
+    has_classes,
+    mean_of_valid,
+    mean_per_sample,
+    paired,
+    single,
+)
 
 IGNORED_PIXEL = 255  # of segmentation masks stored in 8 bits (Pascal VOC, Cityscapes, ADE20K)
 _BLOCK = 2**24  # logits that are widened to float64 at a time
@@ -29,11 +38,13 @@ def top1(outputs: Outputs, labels: Any) -> Tensor:
 
 
 def agreement(outputs: Outputs, reference: Outputs) -> Tensor:
-    """Share of a sample's positions whose most likely class is the float network's, 0 to 1."""
-    pairs = [
-        (by_class(ours, name), by_class(theirs, name)) for name, ours, theirs in paired(outputs, reference)
+    """Share of a sample's positions whose most likely class is the float network's, over outputs with classes."""
+    pairs = paired(outputs, reference)
+    judged = [pair for pair in pairs if has_classes(pair[1])] or pairs
+    shares = [
+        mean_per_sample((by_class(ours, name).argmax(-1) == by_class(theirs, name).argmax(-1)).double())
+        for name, ours, theirs in judged
     ]
-    shares = [mean_per_sample((ours.argmax(-1) == theirs.argmax(-1)).double()) for ours, theirs in pairs]
     return torch.stack(shares).mean(0)
 
 

@@ -9,7 +9,7 @@ last.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,14 +108,26 @@ def paired(outputs: Outputs, reference: Any) -> list[tuple[str, Tensor, Tensor]]
     return pairs
 
 
+def has_classes(output: Tensor) -> bool:
+    """Whether an output may hold class scores, by its shape alone."""
+    return shape_has_classes(output.shape)
+
+
+def shape_has_classes(shape: Sequence[int | str]) -> bool:
+    return len(shape) >= 2 and (size := shape[_class_axis(len(shape))]) != 1 and size != 0
+
+
 def by_class(output: Tensor, name: str) -> Tensor:
     """Classes to the last axis."""
-    axis = 1 if output.dim() >= 4 else -1
-    if output.dim() < 2 or output.shape[axis] < 2:
+    if not has_classes(output):
         raise MetricError(
             f"output {name!r} of shape {list(output.shape)} has no classes to agree on: use the metric 'mse'"
         )
-    return output.movedim(axis, -1)
+    return output.movedim(_class_axis(output.dim()), -1)
+
+
+def _class_axis(dimensions: int) -> int:
+    return 1 if dimensions >= 4 else -1
 
 
 def refuse_nan(values: Tensor, what: str = "outputs") -> None:

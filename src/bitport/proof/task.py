@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data import Batch
 from ..errors import DataError, MetricError
+from ..graph import Graph
 from ..metrics import Metric, Outputs, Ragged
 from ..numerics.intervals import Interval, bootstrap_dataset, paired_binary, paired_mean, verdict
 
@@ -40,6 +42,37 @@ def task_record(
     accumulator = TaskAccumulator(metric, max_drop)
     accumulator.update(float_outputs, simulated_outputs, runtime_outputs, labels)
     return accumulator.record()
+
+
+def rehearse(metric: Metric, float_out: Outputs, labels: Any | None) -> None:
+    """Score the float network's outputs of one batch, so that a metric that doesn't fit is told before long work.
+
+    Raises MetricError, also for a metric that gives two scores for the same outputs: it would report its own dice
+    as a loss.
+    """
+    against = labels if metric.needs_labels else float_out
+    if metric.dataset is None:
+        equal = torch.equal(metric.scores(float_out, against), metric.scores(float_out, against))
+    else:
+        kept = [metric.keep(float_out, against) for _ in range(2)]
+        try:
+            equal = metric.conclude(*kept[0]) == metric.conclude(*kept[1])
+        except MetricError:  # one batch may be too little for a data-set metric; the whole will tell
+            return
+    if not equal:
+        raise MetricError(
+            f"metric {metric.name!r} gives different scores for the same outputs and labels: take the random "
+            "choice out of it, or seed it"
+        )
+
+
+def rehearse_on(graph: Graph, batch: Batch, metric: Metric) -> None:
+    """Run the float network on a batch and `rehearse`. Raises MetricError."""
+    graph.gm.eval()
+    with torch.no_grad():
+        found = graph.run(*batch.inputs)
+    names = [spec.name for spec in graph.outputs]
+    rehearse(metric, found[0] if len(found) == 1 else dict(zip(names, found, strict=True)), batch.labels)
 
 
 class TaskAccumulator:
@@ -79,7 +112,7 @@ class TaskAccumulator:
             )
         against = labels if self._metric.needs_labels else float_out
         if index == 0:
-            self._refuse_chance(float_out, against)
+            rehearse(self._metric, float_out, labels)
         for side, outputs in (("float", float_out), ("simulated", sim_out), ("runtime", run_out)):
             if outputs is not None:
                 self._sides[side].append(self._kept(outputs, against))
@@ -92,23 +125,6 @@ class TaskAccumulator:
         if self._metric.dataset is None:
             return self._metric.scores(outputs, against)
         return self._metric.keep(outputs, against)[0]
-
-    def _refuse_chance(self, outputs: Outputs, against: Any) -> None:
-        """A metric that gives two scores for the same outputs would report its own dice as a loss."""
-        metric = self._metric
-        if metric.dataset is None:
-            equal = torch.equal(metric.scores(outputs, against), metric.scores(outputs, against))
-        else:
-            kept = [metric.keep(outputs, against) for _ in range(2)]
-            try:
-                equal = metric.conclude(*kept[0]) == metric.conclude(*kept[1])
-            except MetricError:  # one batch may be too little for a data-set metric; the whole will tell
-                return
-        if not equal:
-            raise MetricError(
-                f"metric {metric.name!r} gives different scores for the same outputs and labels: take the random "
-                "choice out of it, or seed it"
-            )
 
     def record(self) -> dict[str, Any]:
         """The `task` section of the measurement record.
