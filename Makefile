@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 JOBS   ?= 2
 
-.PHONY: demo test test-slow check lint types imports bench clean
+.PHONY: demo test test-slow check lint types imports bench picture clean
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,10 @@ imports: $(VENV)/lint.stamp
 
 bench: $(VENV)/core.stamp
 	$(BIN)/python -m bench.run --write docs/benchmarks.md
+
+picture: $(VENV)/test.stamp
+	$(BIN)/bitport demo
+	$(BIN)/python -m bench.picture out/demo/report.html docs/img/report.png
 
 clean:
 	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

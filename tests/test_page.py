@@ -12,6 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 from tests import fixtures_measurements as fixtures
+from tests import small
 
 from bitport.errors import ArtifactError
 from bitport.page import render
@@ -381,3 +382,15 @@ def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.M
         render(folder)
     assert (folder / "report.html").read_text() == "old"
     assert not list(folder.glob(".report*"))
+
+
+def test_a_real_artifact_has_every_section(tmp_path: Path) -> None:
+    made = small.compressed(tmp_path / "a", effort="balanced")
+    record, text = made.measurements.record, (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+    assert {row["what"] for row in record["distributions"]} == {"weights", "activations"}
+    assert {node["name"] for node in record["network"]["nodes"]} >= {"x", "stem", "body", "fc", "output"}
+    assert "bias correction" in [row["what"] for row in record["tried"]]
+    found = Page(text)
+    for words in ("bias correction", "correct_bias", "int8 symmetric channel(0), a scale per channel"):
+        assert words in found.text
+    assert found.tags.count("svg") == 1 and found.tags.count("select") == 2

@@ -119,8 +119,26 @@ def test_bias_correction_is_kept_only_where_it_helps() -> None:
     else:
         assert corrected is work
     assert any("bias correction" in n for n in settings.notes)
+    (tried,) = settings.tried
+    assert (tried["what"], tried["outcome"] == "kept") == ("bias correction", "lowered" in note)
+    assert "without" in tried["reason"]
     empty = Plan.empty("null")
     assert make("correct_bias", {})(work, empty, settings) == (work, empty)
+    assert settings.tried[1]["reason"] == "nothing is quantized"
+
+
+def test_calibration_tells_by_which_estimators_ranges_were_measured() -> None:
+    prepared = prepare(chain(), [images(8)], "null", activations={"range": "minmax"})
+    settings = context(prepared.graph, prepared.target, [images(8)])
+    make("calibrate", {})(prepared.reference.clone(), prepared.plan, settings)
+    number = len(prepared.plan.measured())
+    assert settings.tried == [
+        {
+            "what": "ranges of activations",
+            "outcome": "measured",
+            "reason": f"{number} tensors by minmax, on calibration data",
+        }
+    ]
 
 
 def test_unknown_steps_and_options() -> None:

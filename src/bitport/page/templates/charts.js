@@ -117,6 +117,8 @@
     });
   }
   draw();
+  // charts have moved what a link to a section led to
+  if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView({ behavior: "instant" });
   for (const query of [window.matchMedia("(prefers-color-scheme: dark)"), paper, narrow]) {
     query.addEventListener("change", draw);
   }
