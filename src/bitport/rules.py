@@ -101,6 +101,7 @@ class Ruleset:
         reasons: kind → why this runtime has no integer kernel for it (shown in reports).
         fixed: kind → real range of its result, where a float operator's result is quantized for a reader.
         weight_limit: largest |integer| of a weight on this host, e.g. 64 where 8-bit products could saturate.
+        integer_io: the network takes and gives integers: its inputs and outputs are quantized too.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Ruleset:
     reasons: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, tuple[float, float]] = field(default_factory=dict)
     weight_limit: int | None = None
+    integer_io: bool = False
 
     def match(self, graph: Graph, node: torch.fx.Node, op: Op) -> tuple[OpRule | None, str | None]:
         """The row for a node, or the reason why there is none."""

@@ -90,7 +90,7 @@ class _Run:
             elif node.op == "get_attr":
                 self.values[node] = self.graph.tensor(str(node.target)).detach()
             elif node.op == "output":
-                return tuple(self._float(value) for value in self.graph.output_nodes())
+                return tuple(self._output(value, i) for i, value in enumerate(self.graph.output_nodes()))
             else:
                 self._operator(node)
             for source in self.s._last.get(node, ()):
@@ -242,6 +242,12 @@ class _Run:
         if isinstance(value, _Both):
             return value.real
         return value.dequantize() if isinstance(value, QTensor) else value
+
+    def _output(self, node: fx.Node, index: int) -> Any:
+        value = self.values.get(node)
+        if isinstance(value, _Both) and Edge(self.graph.name(node), "output", index) in self.plan.edges:
+            return value.integers.dequantize()
+        return self._float(node)
 
     def _spec(self, tie: str) -> QSpec:
         scale, zero_point = self.plan.ties[tie].parameters()

@@ -74,6 +74,9 @@ class _Planner:
         self.names = {node: graph.name(node) for node in graph.gm.graph.nodes if node.op != "output"}
         self.by_name = {name: node for node, name in self.names.items() if node.op != "get_attr"}
         self.ops: dict[torch.fx.Node, Op] = {node: graph.op(node) for node in self.nodes}
+        # with integer inputs and outputs these are integers whoever makes or reads them
+        ends = (placeholders(graph), graph.output_nodes()) if ruleset.integer_io else ((), ())
+        self.given, self.asked = ({node for node in end if _is_float(node)} for end in ends)
         self.weights, self.activations = resolve(graph, ruleset, weights, activations, overrides)
         self.default = activations
         self.rows: dict[torch.fx.Node, OpRule] = {}
@@ -215,7 +218,7 @@ class _Planner:
 
     def _wanted(self) -> set[torch.fx.Node]:
         """Float producers that are quantized anyway, because a compute operator reads them."""
-        wanted: set[torch.fx.Node] = set()
+        wanted: set[torch.fx.Node] = set(self.given)
         for node, row in self.rows.items():
             if row.role == "compute":
                 wanted |= {o.node for _, o in self._quantized_slots(node, row) if o.node is not None}
@@ -236,7 +239,8 @@ class _Planner:
             return None  # a part of an integer list is integers, whoever reads it
         if self.ops[node].kind == "split" and not all(user in self.rows for user in users):
             return "one of its parts is kept in float"
-        if row.role == "elementwise" and not any(user in self.ops for user in users):
+        leaves = not any(user in self.ops for user in users) and self._head(node) not in self.asked
+        if row.role == "elementwise" and leaves:
             return "its result leaves the network as float"
         if row.role == "move" and all(operand.tensor is None for operand in sources):
             # nobody downstream uses integers: moving floats costs the same and loses nothing
@@ -245,6 +249,8 @@ class _Planner:
         return None
 
     def _reaches_integer(self, node: torch.fx.Node) -> bool:
+        if self._head(node) in self.asked:
+            return True
         for user in _users(self._head(node), self.ops):
             row = self.rows.get(user)
             if row is None:
@@ -343,7 +349,7 @@ class _Planner:
                 elif isinstance(constraint, Derived):
                     bias_edges.append((node, slot, operand))
         for producer in [*placeholders(self.graph), *self.nodes]:
-            if self._emits(producer, float_out):
+            if self._emits(producer, float_out) or producer in self.asked:
                 for index in output_slots(self.graph, producer):
                     use(self.names[producer], "output", index)
         for node, slot, operand in bias_edges:
@@ -372,14 +378,14 @@ class _Planner:
         """Whether an integer operator leaves its result as integers here."""
         owner = self._owner(node)
         if owner not in self.rows or owner in float_out:
-            return False
+            return node in self.given
         return self._head(owner) is node
 
     def _float_outputs(self) -> set[torch.fx.Node]:
         """Compute operators whose kernel may return float and whose result nobody reads as integers."""
         result = set()
         for node, row in self.rows.items():
-            if row.float_output and node not in self.absorbs:
+            if row.float_output and node not in self.absorbs and node not in self.asked:
                 if not any(user in self.rows for user in _users(node, self.ops)):
                     result.add(node)
         return result
@@ -456,6 +462,11 @@ class _Planner:
 def _users(node: torch.fx.Node, ops: Mapping[torch.fx.Node, Op]) -> list[torch.fx.Node]:
     """Users of a tensor's values (not of its sizes); the graph's output counts as one."""
     return [user for user in node.users if user not in ops or ops[user].kind not in ("shape", "const")]
+
+
+def _is_float(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _is_value(node: torch.fx.Node) -> bool:

@@ -22,6 +22,7 @@ from ...rules import Ruleset
 from ...simulate import Arithmetic
 from .._base import Inspection, Session, Target
 from .arithmetic import FLOAT_OPS, KERNELS
+from .ends import read_ends
 from .export import AGAIN, U8_OFFSET, export_model
 from .table import ruleset
 
@@ -53,17 +54,20 @@ class OnnxRuntime(Target):
             raise RecipeError(
                 f"[target] opset = {self.options['opset']}: {OPSETS[0]} to {OPSETS[-1]} are supported"
             )
-        if self.options["io"] != "float":
-            raise RecipeError(f"[target] io = {self.options['io']!r}: only 'float' is supported so far")
+        if self.options["io"] not in ("float", "integer"):
+            raise RecipeError(f"[target] io = {self.options['io']!r}: expected 'float' or 'integer'")
 
     def rules(self) -> Ruleset:
-        return ruleset()
+        return ruleset(integer_io=self.options["io"] == "integer")
 
     def arithmetic(self) -> Arithmetic:
         return Arithmetic(KERNELS, FLOAT_OPS)
 
     def export(self, graph: Graph, plan: Plan, folder: Path) -> None:
-        export_model(graph, plan, folder / self.model_file, opset=self.options["opset"])
+        integer_io = self.options["io"] == "integer" and plan.quantized
+        export_model(
+            graph, plan, folder / self.model_file, opset=self.options["opset"], integer_io=integer_io
+        )
 
     def open(self, folder: Path, *, taps: bool = False, optimize: bool = True) -> Session:
         return _OrtSession(self._session(folder / self.model_file, taps=taps, optimize=optimize))
@@ -152,34 +156,48 @@ def _with_taps(path: Path) -> bytes:
 
 
 class _OrtSession(Session):
+    """Takes and gives floats; where the file's own inputs and outputs are integers it converts as its metadata says."""
+
     def __init__(self, session: Any) -> None:
         self.session = session
         self.inputs = [value.name for value in session.get_inputs()]
         names = [value.name for value in session.get_outputs()]
         self.outputs = [name for name in names if not name.endswith(QUANTIZED)]
         self.taps = [name for name in names if name.endswith(QUANTIZED)]
+        self.ends = read_ends(session.get_modelmeta().custom_metadata_map)
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(torch.from_numpy(np.array(y)) for y in self._run(self.outputs, self.prepared(inputs)))
+        results = self._run(self.outputs, self.prepared(inputs))
+        return tuple(self._given(name, y) for name, y in zip(self.outputs, results, strict=True))
 
     def run_tapped(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        results = [
-            torch.from_numpy(np.array(y)) for y in self._run(self.outputs + self.taps, self.prepared(inputs))
-        ]
+        feeds = self.prepared(inputs)
+        results = self._run(self.outputs + self.taps, feeds)
         count = len(self.outputs)
         taps = {
-            name.removesuffix(QUANTIZED): value.to(torch.int32) - U8_OFFSET
+            name.removesuffix(QUANTIZED): _signed(value)
             for name, value in zip(self.taps, results[count:], strict=True)
         }
-        return tuple(results[:count]), taps
+        integers = {**feeds, **dict(zip(self.outputs, results, strict=False))}
+        taps |= {end.producer: _signed(integers[name]) for name, end in self.ends.items()}
+        return tuple(self._given(n, y) for n, y in zip(self.outputs, results, strict=False)), taps
 
     def prepared(self, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
         return {
-            name: value.detach().contiguous().numpy() for name, value in zip(self.inputs, inputs, strict=True)
+            name: self._taken(name, value.detach().contiguous().numpy())
+            for name, value in zip(self.inputs, inputs, strict=True)
         }
 
     def run_prepared(self, prepared: Any) -> None:
         self.session.run(self.outputs, prepared)
+
+    def _taken(self, name: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        end = self.ends.get(name)
+        return value if end is None or value.dtype == np.uint8 else end.quantize(value)
+
+    def _given(self, name: str, value: np.ndarray[Any, Any]) -> Tensor:
+        end = self.ends.get(name)
+        return torch.from_numpy(np.array(value if end is None else end.dequantize(value)))
 
     def _run(self, names: list[str], feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         try:
@@ -187,3 +205,7 @@ class _OrtSession(Session):
         except Exception as error:
             raise TargetError(f"ONNX Runtime failed while running: {first_line(error)}") from error
         return results
+
+
+def _signed(value: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(np.array(value)).to(torch.int32) - U8_OFFSET

@@ -23,6 +23,7 @@ from ...plan import Plan, lower
 from ...plan.capture import capture
 from ...plan.lower import QUANTIZED
 from ...plan.ops import DEQUANTIZE, QUANTIZE
+from .ends import integer_ends
 from .table import DETOURS, FUSED_UNASKED, MERGED_WRONGLY
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 EXTERNAL_ABOVE = 1 << 30  # protobuf ends at 2 GiB; leave room
 
 
-def export_model(graph: Graph, plan: Plan, path: Path, *, opset: int) -> None:
+def export_model(graph: Graph, plan: Plan, path: Path, *, opset: int, integer_io: bool = False) -> None:
     """Write `graph` under `plan` to `path`.
 
     Raises ExportError when PyTorch's exporter refuses, naming its reason.
@@ -57,6 +58,8 @@ def export_model(graph: Graph, plan: Plan, path: Path, *, opset: int) -> None:
     model = _to_onnx(program, opset, _experts(graph))
     _restore_names(model, graph, lowered.names)
     _strip(model)
+    if integer_io:
+        integer_ends(model, graph)
     _save(model, path)
 
 

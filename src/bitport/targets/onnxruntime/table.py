@@ -74,7 +74,7 @@ def _plain_add(graph: Graph, node: fx.Node, op: Op) -> str | None:
     )
 
 
-def ruleset() -> Ruleset:
+def ruleset(*, integer_io: bool = False) -> Ruleset:
     rows = (
         OpRule(
             ("conv",), (Free(), Weight(0), Derived("bias")), Free(), "QLinearConv", "compute",
@@ -104,6 +104,7 @@ def ruleset() -> Ruleset:
         fixed={"softmax": (0.0, 1.0)},
         # without VNNI pairs of u8 × s8 products saturate at 16 bits: 7-bit weights can't
         weight_limit=None if has_integer_dot_product() else 63,
+        integer_io=integer_io,
     )
 
 

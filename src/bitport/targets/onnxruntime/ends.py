@@ -1,0 +1,111 @@
+"""Integer inputs and outputs: the first quantize and the last dequantize leave the file, their parameters stay in it.
+
+The file's metadata names scale and zero point of each end under `bitport.io` (JSON), for whoever feeds it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import ExportError
+from ...graph import Graph
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+KEY = "bitport.io"
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class End:
+    """One integer input or output: real = scale · (integer − zero_point), stored as uint8.
+
+    `producer` is the name of its tensor in the plan.
+    """
+
+    producer: str
+    scale: float
+    zero_point: int
+
+    def quantize(self, value: Array) -> Array:
+        """As QuantizeLinear: divided in float32, rounded half to even, saturated."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            scaled = np.rint(value.astype(np.float32) / np.float32(self.scale)) + np.float32(self.zero_point)
+            return np.clip(np.nan_to_num(scaled, nan=0.0), 0, 255).astype(np.uint8)
+
+    def dequantize(self, value: Array) -> Array:
+        return (value.astype(np.int32) - self.zero_point).astype(np.float32) * np.float32(self.scale)
+
+
+def read_ends(metadata: Mapping[str, str]) -> dict[str, End]:
+    """What `integer_ends` wrote; empty for a file with float inputs and outputs."""
+    return {name: End(**fields) for name, fields in json.loads(metadata.get(KEY, "{}")).items()}
+
+
+def integer_ends(model: ir.Model, graph: Graph) -> None:
+    """Make the quantized inputs and outputs of `model` its own, in place.
+
+    Raises ExportError for an end that is no integer: then the file is not what was asked for.
+    """
+    import onnx_ir
+
+    ends: dict[str, End] = {}
+    for value in model.graph.inputs:
+        if value.dtype != onnx_ir.DataType.FLOAT:
+            continue
+        readers = [use.node for use in value.uses()]
+        if not readers:
+            continue
+        if any(node.op_type != "QuantizeLinear" for node in readers):
+            kinds = ", ".join(sorted({node.op_type for node in readers}))
+            raise ExportError(
+                f"io = 'integer': input {value.name!r} is read as float by {kinds}; use io = 'float'"
+            )
+        ends[str(value.name)] = _end(str(value.name), readers[0])
+        for node in readers:
+            node.outputs[0].replace_all_uses_with(value)
+            model.graph.remove(node, safe=True)
+        value.dtype = onnx_ir.DataType.UINT8
+    outputs = zip(list(model.graph.outputs), graph.outputs, graph.output_nodes(), strict=True)
+    for index, (value, spec, node) in enumerate(outputs):
+        if value.dtype != onnx_ir.DataType.FLOAT:
+            continue
+        last = value.producer()
+        while last is not None and last.op_type == "Identity" and last.inputs[0] is not None:
+            last = last.inputs[0].producer()
+        if last is None or last.op_type != "DequantizeLinear" or last.inputs[0] is None:
+            raise ExportError(
+                f"io = 'integer': output {spec.name!r} is no integer in the file; use io = 'float'"
+            )
+        ends[spec.name] = _end(graph.name(node), last)
+        # a copy under the output's own name: what makes the integers may have other readers and a name of its own
+        copy = onnx_ir.node("Identity", inputs=[last.inputs[0]], name=f"{spec.name}/integers")
+        model.graph.insert_after(last, copy)
+        made, before = copy.outputs[0], value.producer()
+        model.graph.outputs[index] = made
+        value.name, made.name = f"{spec.name}/float", spec.name
+        made.dtype, made.shape = onnx_ir.DataType.UINT8, value.shape
+        _remove_unread(model, before)
+    model.metadata_props[KEY] = json.dumps({name: asdict(end) for name, end in ends.items()}, sort_keys=True)
+
+
+def _remove_unread(model: ir.Model, node: ir.Node | None) -> None:
+    """The node and what only it read, as far back as dequantizes and copies go."""
+    while node is not None and node.op_type in ("Identity", "DequantizeLinear"):
+        out, source = node.outputs[0], node.inputs[0]
+        if list(out.uses()) or out in model.graph.outputs:
+            return
+        model.graph.remove(node, safe=True)
+        node = None if source is None else source.producer()
+
+
+def _end(producer: str, node: ir.Node) -> End:
+    scale, zero_point = (value.const_value for value in node.inputs[1:3] if value is not None)
+    assert scale is not None and zero_point is not None
+    return End(producer, float(scale.numpy()), int(zero_point.numpy()))
