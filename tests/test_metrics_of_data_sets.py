@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -478,3 +478,30 @@ class TestChance:
         for y in (torch.zeros(1, 1), torch.randn(20, 1, generator=generator())):
             accumulator.update(y, y, y + 0.1, y)
         assert accumulator.record()["float"] == 1
+
+
+class TestOneOutputOfSeveral:
+    OUTPUTS: ClassVar = {"mask": torch.eye(3)[:, :, None], "other": torch.zeros(3, 2)}
+
+    def test_is_named_behind_a_colon(self) -> None:
+        labels = torch.tensor([[0], [1], [1]])
+        for name in ("top1", "miou", "f1_macro", "nll"):
+            metric = metrics.get(f"{name}:mask", True)
+            assert metric.name == f"{name}:mask"
+            assert metric.value(self.OUTPUTS, labels) == value(name, self.OUTPUTS["mask"], labels)
+            assert metric.value(self.OUTPUTS["mask"], labels) == value(name, self.OUTPUTS["mask"], labels)
+
+    def test_without_labels(self) -> None:
+        changed = {**self.OUTPUTS, "other": self.OUTPUTS["other"] + 2}
+        assert metrics.get("mse:other", False).value(changed, self.OUTPUTS) == 4
+        assert metrics.get("mse:mask", False).value(changed, self.OUTPUTS) == 0
+        assert metrics.get("rmse:other", False).value(changed, self.OUTPUTS) == 2
+        assert metrics.get("agreement:other", False).value(changed, self.OUTPUTS) == 1
+
+    def test_wrong_names_are_told(self) -> None:
+        with pytest.raises(MetricError, match="no output 'masks'; it has mask, other"):
+            metrics.get("top1:masks", True).value(self.OUTPUTS, torch.zeros(3, 1, dtype=torch.long))
+        with pytest.raises(MetricError, match="as 'top1:mask'"):
+            value("top1", self.OUTPUTS, torch.zeros(3, 1, dtype=torch.long))
+        with pytest.raises(Exception, match="unknown metric 'top2:mask'"):
+            metrics.get("top2:mask", True)

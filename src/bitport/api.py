@@ -401,7 +401,7 @@ def _gate(
     """(metric, limit, notes) to verify with: the artifact's own, unless another was asked for or it can't be."""
     own, limit = str(opened.manifest.get("metric")), opened.manifest.get("max_drop")
     labels = first.labels
-    if metric is None and given and own in metrics.known():
+    if metric is None and given and own.partition(":")[0] in metrics.known():
         with contextlib.suppress(DataError):  # it needs labels and there are none
             metric = metrics.get(own, labels is not None, labels)
     chosen = metrics.get(metric, labels is not None, labels, shapes)

@@ -79,7 +79,9 @@ def inspect(model: str, target: str | None, as_json: bool) -> None:
 @click.option("--data", required=True, metavar="D", help="Calibration data; labels are ignored.")
 @click.option("--train", metavar="D", help="Training data, for recipes that train.")
 @click.option("--eval", "evaluation", metavar="D", help="Evaluation data: decides whether the result holds.")
-@click.option("--metric", metavar="M", help="Metric on the evaluation data (see 'bitport list metrics').")
+@click.option(
+    "--metric", metavar="M", help="Metric (see 'bitport list metrics'); top1:NAME for one output of several."
+)
 @click.option("--max-drop", type=float, metavar="X", help="Largest loss allowed, in the metric's unit.")
 @click.option("--effort", metavar="E", help="fast, balanced or best.")
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Artifact folder.")

@@ -13,7 +13,7 @@ from typing import Any
 from bitport.errors import DataError, UnknownName
 
 from . import _classes, _detection, _regression
-from ._metric import Metric, Outputs
+from ._metric import Metric, Outputs, of_output
 from ._ragged import Ragged
 from ._reading import IGNORED_LABEL, are_integers, shape_has_classes
 from ._sequences import word_error_rate
@@ -53,9 +53,10 @@ def get(
 ) -> Metric:
     """The metric that was asked for, ready for the data at hand.
 
-    metric: a built-in's name, a Metric, or None: `top1` for integer labels, `mse` for others, and without
-        labels the agreement with the float network, or `mse` from it where no output has classes. `labels`
-        (those of one batch) tells integers from others; without it they are taken for integers.
+    metric: a built-in's name (`"miou:mask"`: of the output called so), a Metric, or None: `top1` for integer
+        labels, `mse` for others, and without labels the agreement with the float network, or `mse` from it where
+        no output has classes. `labels` (those of one batch) tells integers from others; without it they are taken
+        for integers.
     shapes: of the network's outputs, if they are known.
     Raises UnknownName; DataError when the metric needs labels and there are none.
     """
@@ -65,11 +66,14 @@ def get(
         else:
             metric = "agreement" if not shapes or any(map(shape_has_classes, shapes)) else "mse"
     if isinstance(metric, str):
-        if metric not in _BUILT_INS:
+        name, colon, output = metric.partition(":")
+        if name not in _BUILT_INS:
             raise UnknownName("metric", metric, _BUILT_INS)
-        metric = _BUILT_INS[metric]
-    if not has_labels and metric in [_BUILT_INS[name] for name in _ERRORS]:
-        return replace(metric, against="float")
+        metric = _BUILT_INS[name]
+        if not has_labels and name in _ERRORS:
+            metric = replace(metric, against="float")
+        if colon:
+            metric = of_output(metric, output)
     if not has_labels and metric.needs_labels:
         raise DataError(
             f"metric {metric.name!r} needs labels and the data has none: yield (inputs, labels), "

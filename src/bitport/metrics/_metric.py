@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -147,6 +147,35 @@ class Metric:
             raise MetricError(f"metric {self.name!r}: {error}") from error
         except Exception as error:
             raise MetricError(f"metric {self.name!r} raised {type(error).__name__}: {error}") from error
+
+
+def of_output(metric: Metric, output: str) -> Metric:
+    """The metric of one output of a network that has several."""
+
+    def reading(function: Callable[[Any, Any], Any] | None) -> Callable[[Any, Any], Any] | None:
+        if function is None:
+            return None
+
+        def read(outputs: Outputs, against: Any) -> Any:
+            other = against if metric.needs_labels else _chosen(against, output)
+            return function(_chosen(outputs, output), other)
+
+        return read
+
+    changes: dict[str, Any] = {"name": f"{metric.name}:{output}", "per_sample": reading(metric.per_sample)}
+    if metric.collect is not None:
+        changes["collect"] = reading(metric.collect)
+    else:
+        changes["dataset"] = reading(metric.dataset)
+    return replace(metric, **changes)
+
+
+def _chosen(outputs: Any, output: str) -> Any:
+    if not isinstance(outputs, Mapping):
+        return outputs  # a network's only output has no choice
+    if output not in outputs:
+        raise MetricError(f"the network has no output {output!r}; it has {', '.join(outputs)}")
+    return outputs[output]
 
 
 def _on_cpu(outputs: Outputs) -> Outputs:

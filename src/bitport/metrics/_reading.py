@@ -78,7 +78,11 @@ def single(outputs: Outputs) -> Tensor:
         return outputs.detach().to("cpu")
     if len(outputs) == 1:
         return next(iter(outputs.values())).detach().to("cpu")
-    raise MetricError(f"the network has several outputs ({', '.join(outputs)}): give Metric(…, per_sample=…)")
+    first = next(iter(outputs))
+    raise MetricError(
+        f"the network has several outputs ({', '.join(outputs)}): name one behind a colon, as 'top1:{first}', or give "
+        "Metric(…, per_sample=…)"
+    )
 
 
 def paired(outputs: Outputs, reference: Any) -> list[tuple[str, Tensor, Tensor]]:
