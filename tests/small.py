@@ -126,7 +126,7 @@ def without_page(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def python(
-    code: str, *arguments: object, cwd: Path | None = None, **environment: str
+    code: str, *arguments: object, cwd: Path | None = None, seconds: float = 120, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own, warnings off as a user has them."""
     return subprocess.run(
@@ -135,7 +135,7 @@ def python(
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds,
         check=False,
     )
 

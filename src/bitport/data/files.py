@@ -169,7 +169,7 @@ class _Archive:
         return np.frombuffer(bytearray(data), dtype).reshape(rows, *shape[1:])
 
     def _refused(self, why: str) -> DataError:
-        return DataError(f"{self._path.name!r} is refused: {why}")
+        return DataError(f"{self._path.name!r} is refused: {why[:1000]}")
 
 
 class NpzFile(_Archive):

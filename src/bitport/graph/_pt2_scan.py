@@ -15,7 +15,9 @@ import io
 import json
 import pickletools
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -183,7 +185,16 @@ def scanned(path: str | Path) -> io.BytesIO:
             return _rebuild(archive, path.name, lambda n, d: _check_member(n, d, path.name, pickled))
     except zipfile.BadZipFile as error:
         raise LoadError(f"{path.name} is not a .pt2 archive, or is truncated ({error})") from error
-    except (EOFError, OSError, NotImplementedError, RuntimeError, zipfile.LargeZipFile) as error:
+    # ValueError: names that are no UTF-8
+    except (
+        EOFError,
+        OSError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+        zlib.error,
+        struct.error,
+    ) as error:
         raise LoadError(f"{path.name} can't be read ({error})") from error
 
 

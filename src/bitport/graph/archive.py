@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor, nn
 
-from bitport.errors import LoadError, WeightsError, first_line
+from bitport.errors import BitportError, LoadError, WeightsError, first_line
 from bitport.graph._pt2_scan import scanned
 from bitport.graph.export import quiet_export
 from bitport.graph.graph import Graph
@@ -97,7 +97,25 @@ def load_pt2(path: str | Path, device: str = "cpu") -> Graph:
         raise LoadError(f"{Path(path).name} is no readable exported program ({first_line(error)})") from error
     finally:
         log.setLevel(level)
-    known = _known(extra[NAMES_FILE])
+    try:
+        graph, known = _graph(program, _known(extra[NAMES_FILE]), device)
+    except BitportError:
+        raise
+    except Exception as error:
+        # torch reads programs that it would not write
+        raise LoadError(
+            f"{Path(path).name} holds a program that can't be followed ({first_line(error)})"
+        ) from error
+    check_weights(graph.gm)
+    if not known and graph.inputs and graph.inputs[0].shape and not isinstance(graph.inputs[0].shape[0], str):
+        first = graph.inputs[0]
+        graph.notes.append(f"axis 0 of {first.name!r} is fixed at {first.shape[0]}: the file was exported so")
+    return graph
+
+
+def _graph(
+    program: torch.export.ExportedProgram, known: dict[str, Any], device: str
+) -> tuple[Graph, dict[str, Any]]:
     notes = list(known.get("notes", ()))
     axes: dict[tuple[str, int], str] = {}
     for item, label in zip(known.get("inputs", ()), program.graph_signature.user_inputs, strict=False):
@@ -106,12 +124,7 @@ def load_pt2(path: str | Path, device: str = "cpu") -> Graph:
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(program, device)
-    graph = from_program(program, None, axes, notes, known.get("stage", "float"))
-    check_weights(graph.gm)
-    if not known and graph.inputs and graph.inputs[0].shape and not isinstance(graph.inputs[0].shape[0], str):
-        first = graph.inputs[0]
-        graph.notes.append(f"axis 0 of {first.name!r} is fixed at {first.shape[0]}: the file was exported so")
-    return graph
+    return from_program(program, None, axes, notes, known.get("stage", "float")), known
 
 
 def _known(text: str | bytes) -> dict[str, Any]:
