@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitport.plan import Plan
+from bitport.recipe.model import Override
 
 Linear = nn.Linear
 Odd = tuple[Callable[[], nn.Module], Callable[[int], Inputs]]
@@ -158,6 +159,21 @@ def test_the_runtime_computes_the_simulators_integers(name: str) -> None:
             assert float((expected - found).norm() / expected.norm()) < 0.15
         else:
             assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("kind", ["conv", "conv_transpose", "linear"])
+def test_a_layer_kept_in_float_between_integers_keeps_its_weights(kind: str) -> None:
+    """ONNX Runtime quantizes the weights of such a layer by itself unless it is kept from it."""
+    middle = {"conv": conv(8, 8), "conv_transpose": nn.ConvTranspose2d(8, 8, 1), "linear": Linear(8, 8)}[kind]
+    first, last = (Linear(8, 8), Linear(8, 8)) if kind == "linear" else (conv(8, 8), conv(8, 8))
+    data = (lambda n: torch.randn(n, 8)) if kind == "linear" else (lambda n: torch.randn(n, 8, 4, 4))
+    model = Net(lambda m, x: m.c(m.b(F.relu(m.a(x)))), a=first, b=middle, c=last)
+    prepared = prepare(model, [data(8)], overrides=[Override(match="b", weights={"format": "float32"})])
+    test = data(8)
+    shipped = ship(prepared, test)
+    assert_exact(shipped)
+    simulated = prepared.simulator().run(flat(test))[0]
+    torch.testing.assert_close(shipped.outputs[0], simulated, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_that_are_computed_from_constants_only_become_constants() -> None:

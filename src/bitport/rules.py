@@ -97,6 +97,8 @@ class Ruleset:
         name: the target's name, used in reasons.
         rows: the table; the first row whose kinds match and whose `when` has no objection wins.
         activations, weights: names of formats that its integer kernels take.
+        stored: formats of activations that it can store but not compute with: their producers and readers run in
+            float between a quantize and a dequantize.
         granularities: of weights.
         reasons: kind → why this runtime has no integer kernel for it (shown in reports).
         fixed: kind → real range of its result, where a float operator's result is quantized for a reader.
@@ -108,6 +110,7 @@ class Ruleset:
     rows: tuple[OpRule, ...]
     activations: tuple[str, ...]
     weights: tuple[str, ...]
+    stored: tuple[str, ...] = ()
     granularities: tuple[str, ...] = ("tensor", "channel")
     reasons: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, tuple[float, float]] = field(default_factory=dict)

@@ -318,7 +318,7 @@ def test_an_override_that_matches_nothing_is_refused() -> None:
     ("options", "message"),
     [
         ({"weights": {"format": "int4"}}, "no integer kernels for int4 weights; it holds int8"),
-        ({"activations": {"format": "int16"}}, "no integer kernels for int16 activations"),
+        ({"activations": {"format": "int12"}}, "no integer kernels for int12 activations"),
         ({"overrides": [Override("a", weights={"format": "int4"})]}, "no integer kernels for int4 weights"),
         ({"weights": {"granularity": "block"}}, "per tensor or channel, not per block"),
     ],

@@ -89,11 +89,11 @@ def _watched(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return watch.random, (str(structure), shapes)
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the innermost module at each operator that draws random numbers."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.random: set[str] = set()
         self.stack: list[str] = []
 

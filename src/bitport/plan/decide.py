@@ -79,6 +79,7 @@ class _Planner:
         self.given, self.asked = ({node for node in end if _is_float(node)} for end in ends)
         self.weights, self.activations = resolve(graph, ruleset, weights, activations, overrides)
         self.default = activations
+        self.stored = self._stored()
         self.rows: dict[torch.fx.Node, OpRule] = {}
         self.reasons: dict[torch.fx.Node, str] = {}
         self.absorbs: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -99,6 +100,16 @@ class _Planner:
             self._tie()
         return self._build()
 
+    def _stored(self) -> set[torch.fx.Node]:
+        """Operators whose results the recipe wants in a format that the target stores but can't compute with."""
+        chosen = {node for node in self.nodes if self.activations[node].format in self.ruleset.stored}
+        for node in list(chosen):
+            users = list(node.users)
+            if len(users) == 1 and users[0] in self.ops and self.ops[users[0]].kind in CLAMPS:
+                chosen.add(users[0])  # the relu's result is the operator's
+                self.activations[users[0]] = self.activations[node]
+        return chosen
+
     def _assign_rows(self) -> None:
         for node in self.nodes:
             if _is_value(node) and self.ops[node].kind not in ("shape", "identity"):
@@ -109,6 +120,8 @@ class _Planner:
         row, reason = self.ruleset.match(self.graph, node, op)
         if row is not None and (self.weights[node].is_float or self.activations[node].is_float):
             row, reason = None, "kept in float by the recipe"
+        if row is not None and node in self.stored:
+            row, reason = None, self._storage_reason(f"its result is {self.activations[node].format}")
         if row is not None and row.role == "elementwise":
             reason = self._mask_reason(node, op)
             row = None if reason else row
@@ -116,6 +129,9 @@ class _Planner:
             self.rows[node] = row
         elif reason is not None:
             self.reasons[node] = reason
+
+    def _storage_reason(self, why: str) -> str:
+        return f"{why}, which {self.ruleset.name} stores but has no kernels for: it computes in float"
 
     def _mask_reason(self, node: torch.fx.Node, op: Op) -> str | None:
         users = _users(node, self.ops)
@@ -225,9 +241,14 @@ class _Planner:
         return wanted
 
     def _objection(self, node: torch.fx.Node, row: OpRule, wanted: set[torch.fx.Node]) -> str | None:
+        sources = [operand for _, operand in self._quantized_slots(node, row)]
+        for operand in sources:
+            if operand.node in self.stored:
+                return self._storage_reason(
+                    f"its operand {self.names[operand.node]} is {self._format(operand.node)}"
+                )
         if row.role == "compute":
             return None
-        sources = [operand for _, operand in self._quantized_slots(node, row)]
         for operand in sources:
             source = operand.node
             if operand.tensor is not None or source is None:
@@ -247,6 +268,9 @@ class _Planner:
             if not self._reaches_integer(node):
                 return "its result is only used as float"
         return None
+
+    def _format(self, node: torch.fx.Node) -> str:
+        return self.activations[node].format
 
     def _reaches_integer(self, node: torch.fx.Node) -> bool:
         if self._head(node) in self.asked:
@@ -378,8 +402,12 @@ class _Planner:
         """Whether an integer operator leaves its result as integers here."""
         owner = self._owner(node)
         if owner not in self.rows or owner in float_out:
-            return node in self.given
+            return node in self.given or (node in self.stored and self._head_of_stored(node))
         return self._head(owner) is node
+
+    def _head_of_stored(self, node: torch.fx.Node) -> bool:
+        """Whether the stored result is this one, not that of the relu behind it."""
+        return not any(user in self.stored and self.ops[user].kind in CLAMPS for user in node.users)
 
     def _float_outputs(self) -> set[torch.fx.Node]:
         """Compute operators whose kernel may return float and whose result nobody reads as integers."""

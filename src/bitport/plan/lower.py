@@ -17,10 +17,12 @@ from torch import Tensor, fx
 from ..errors import GraphError
 from ..graph import Edge, Graph, Op, Operand
 from ..graph.reading import made_by, present, producer_name
+from ..graph.simplify import CONTRACTIONS
 from .constants import constant_integers
 from .model import NodePlan, Plan
 from .ops import DEQUANTIZE, QUANTIZE
 
+BYTE = 8  # bits
 QUANTIZED = "/q"  # suffix of a quantized tensor's name in a model file
 # Kinds that are fused with the dequantize in front of them alone: a barrier behind them comes too late.
 FUSED_WITHOUT_QUANTIZE = frozenset({"matmul"})
@@ -157,9 +159,11 @@ class _Lowering:
         return self._call(f"{name}/barrier", torch.ops.aten.maximum.default, (value, lowest))
 
     def _reads_integers(self, name: str, op: Op) -> bool:
+        # a runtime may quantize weights by itself where only the input and the output are integers
+        operands = op.operands[:1] if op.kind in CONTRACTIONS else op.operands
         reads = [
             Edge(producer_name(self.graph, o), name, slot) in self.plan.edges
-            for slot, o in enumerate(op.operands)
+            for slot, o in enumerate(operands)
             if o
         ]
         return bool(reads) and all(reads)
@@ -352,7 +356,8 @@ class _Lowering:
     def _requantize(self, value: fx.Node, tie_name: str, label: str) -> fx.Node:
         tie = self.plan.ties[tie_name]
         scale, zero_point = self._parameters(tie_name, constant=False)
-        bounds = (tie.format.low + self.offset, tie.format.high + self.offset)
+        _, offset = self._storage(tie_name)
+        bounds = (tie.format.low + offset, tie.format.high + offset)
         return self._call(label, QUANTIZE, (value, scale, zero_point, *bounds, -1))
 
     def _dequantize(self, value: fx.Node, tie_name: str, *, constant: bool, name: str) -> fx.Node:
@@ -368,8 +373,14 @@ class _Lowering:
         elif tie.source == "weight":
             stored = zero_point.to(torch.int8)
         else:
-            stored = (zero_point + self.offset).to(self.dtype)
+            dtype, offset = self._storage(tie_name)
+            stored = (zero_point + offset).to(dtype)
         return self._buffer(f"{tie_name}/scale", scale), self._buffer(f"{tie_name}/zero_point", stored)
+
+    def _storage(self, tie_name: str) -> tuple[torch.dtype, int]:
+        """(type, offset) of an activation's integers in the file: wider ones than bytes are signed everywhere."""
+        wide = self.plan.ties[tie_name].format.bits > BYTE
+        return (torch.int16, 0) if wide else (self.dtype, self.offset)
 
     def _buffer(self, name: str, value: Tensor) -> fx.Node:
         if name not in self.buffers:

@@ -77,7 +77,7 @@ def resolve(
             w[node] = w[node].changed(override.weights or {})
             a[node] = a[node].changed(override.activations or {})
     _check(ruleset, w, ruleset.weights, "weights")
-    _check(ruleset, a, ruleset.activations, "activations")
+    _check(ruleset, a, (*ruleset.activations, *ruleset.stored), "activations")
     return w, a
 
 

@@ -27,7 +27,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
         lambda: Net(lambda m, x: m.a(x) + m.b(F.gelu(x)), a=conv(3, 8), b=conv(3, 8)), images,
     ),
     "one tensor, two outputs": (
-        lambda: Net(lambda m, x: (lambda y: {"a": y, "b": (y, m.b(y))})(F.relu(m.a(x))), a=conv(), b=conv(8, 4)), images,
+        lambda: Net(lambda m, x: (lambda y: {"a": y, "b": (y, m.b(y))})(F.relu(m.a(x))), a=conv(), b=conv(8, 4)),
+        images,
     ),
     "an input passed through": (lambda: Net(lambda m, x: (x, m.a(x)), a=conv()), images),
     "token ids stay what they are": (

@@ -193,7 +193,7 @@ class _OrtSession(Session):
 
     def _taken(self, name: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         end = self.ends.get(name)
-        return value if end is None or value.dtype == np.uint8 else end.quantize(value)
+        return value if end is None or value.dtype == end.dtype else end.quantize(value)
 
     def _given(self, name: str, value: np.ndarray[Any, Any]) -> Tensor:
         end = self.ends.get(name)
@@ -208,4 +208,5 @@ class _OrtSession(Session):
 
 
 def _signed(value: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(np.array(value)).to(torch.int32) - U8_OFFSET
+    offset = U8_OFFSET if value.dtype == np.uint8 else 0
+    return torch.from_numpy(np.array(value)).to(torch.int32) - offset

@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class End:
-    """One integer input or output: real = scale · (integer − zero_point), stored as uint8.
+    """One integer input or output: real = scale · (integer − zero_point), stored as `dtype`.
 
     `producer` is the name of its tensor in the plan.
     """
@@ -32,15 +32,19 @@ class End:
     producer: str
     scale: float
     zero_point: int
+    dtype: str
 
     def quantize(self, value: Array) -> Array:
         """As QuantizeLinear: divided in float32, rounded half to even, saturated."""
         with np.errstate(invalid="ignore", over="ignore"):
             scaled = np.rint(value.astype(np.float32) / np.float32(self.scale)) + np.float32(self.zero_point)
-            return np.clip(np.nan_to_num(scaled, nan=0.0), 0, 255).astype(np.uint8)
+            limits = np.iinfo(self.dtype)
+            q: Array = np.clip(np.nan_to_num(scaled, nan=0.0), limits.min, limits.max).astype(self.dtype)
+        return q
 
     def dequantize(self, value: Array) -> Array:
-        return (value.astype(np.int32) - self.zero_point).astype(np.float32) * np.float32(self.scale)
+        real: Array = (value.astype(np.int32) - self.zero_point).astype(np.float32) * np.float32(self.scale)
+        return real
 
 
 def read_ends(metadata: Mapping[str, str]) -> dict[str, End]:
@@ -71,9 +75,9 @@ def integer_ends(model: ir.Model, graph: Graph) -> None:
         for node in readers:
             node.outputs[0].replace_all_uses_with(value)
             model.graph.remove(node, safe=True)
-        value.dtype = onnx_ir.DataType.UINT8
+        value.dtype = onnx_ir.DataType.from_numpy(np.dtype(ends[str(value.name)].dtype))
     outputs = zip(list(model.graph.outputs), graph.outputs, graph.output_nodes(), strict=True)
-    for index, (value, spec, node) in enumerate(outputs):
+    for index, (value, spec, source) in enumerate(outputs):
         if value.dtype != onnx_ir.DataType.FLOAT:
             continue
         last = value.producer()
@@ -83,14 +87,14 @@ def integer_ends(model: ir.Model, graph: Graph) -> None:
             raise ExportError(
                 f"io = 'integer': output {spec.name!r} is no integer in the file; use io = 'float'"
             )
-        ends[spec.name] = _end(graph.name(node), last)
+        ends[spec.name] = _end(graph.name(source), last)
         # a copy under the output's own name: what makes the integers may have other readers and a name of its own
         copy = onnx_ir.node("Identity", inputs=[last.inputs[0]], name=f"{spec.name}/integers")
         model.graph.insert_after(last, copy)
         made, before = copy.outputs[0], value.producer()
         model.graph.outputs[index] = made
         value.name, made.name = f"{spec.name}/float", spec.name
-        made.dtype, made.shape = onnx_ir.DataType.UINT8, value.shape
+        made.dtype, made.shape = onnx_ir.DataType.from_numpy(np.dtype(ends[spec.name].dtype)), value.shape
         _remove_unread(model, before)
     model.metadata_props[KEY] = json.dumps({name: asdict(end) for name, end in ends.items()}, sort_keys=True)
 
@@ -108,4 +112,4 @@ def _remove_unread(model: ir.Model, node: ir.Node | None) -> None:
 def _end(producer: str, node: ir.Node) -> End:
     scale, zero_point = (value.const_value for value in node.inputs[1:3] if value is not None)
     assert scale is not None and zero_point is not None
-    return End(producer, float(scale.numpy()), int(zero_point.numpy()))
+    return End(producer, float(scale.numpy()), int(zero_point.numpy()), zero_point.numpy().dtype.name)

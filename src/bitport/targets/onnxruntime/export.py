@@ -21,7 +21,7 @@ from ...graph import Graph
 from ...graph.simplify import split_attention
 from ...plan import Plan, lower
 from ...plan.capture import capture
-from ...plan.lower import QUANTIZED
+from ...plan.lower import BYTE, QUANTIZED
 from ...plan.ops import DEQUANTIZE, QUANTIZE
 from .ends import integer_ends
 from .table import DETOURS, FUSED_UNASKED, MERGED_WRONGLY
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 U8_OFFSET = 128  # bitport's int8 is signed; ONNX Runtime's fast kernels want u8 = s8 + 128
+OPSET_OF_INT16 = 21  # the first one whose QuantizeLinear knows 16 bits
 AGAIN = "~"  # before the number of a further ONNX operator that one operator of the network became
 SCOPES = "pkg.torch.onnx.name_scopes"
 EXTERNAL_ABOVE = 1 << 30  # protobuf ends at 2 GiB; leave room
@@ -55,7 +56,8 @@ def export_model(graph: Graph, plan: Plan, path: Path, *, opset: int, integer_io
         apart=MERGED_WRONGLY,
     )
     program = capture(lowered, graph)
-    model = _to_onnx(program, opset, _experts(graph))
+    wide = any(tie.format.bits > BYTE and tie.source not in ("weight", "bias") for tie in plan.ties.values())
+    model = _to_onnx(program, max(opset, OPSET_OF_INT16) if wide else opset, _experts(graph))
     _restore_names(model, graph, lowered.names)
     _strip(model)
     if integer_io:
@@ -154,7 +156,7 @@ def _grouped_product(x: Any, matrices: Any, ends: Any, bias: Any = None, out_dty
     return op.Concat(*parts, axis=0)
 
 
-def _histogram(x: Any, bins: int = 100, min: float = 0, max: float = 0) -> Any:  # noqa: A002 (aten's names)
+def _histogram(x: Any, bins: int = 100, min: float = 0, max: float = 0) -> Any:
     """aten.histc over a given range: equal bins from min to max, the last one closed; others don't count."""
     from onnxscript import FLOAT
     from onnxscript import opset20 as op
