@@ -39,6 +39,7 @@ from .targets._base import Target, has_integer_dot_product, host
 __all__ = ["compress", "inspect", "load", "report", "targets", "verify"]
 
 REPORT_BYTES = 8 * 2**20
+SMALL = 5_000_000  # MACs: networks around a million measured anything from 0.96 to 2.3 times
 SPEED_SHARE = 0.5  # an integer share of MACs below this seldom makes a network faster
 
 
@@ -116,7 +117,7 @@ def compress(
         max_drop: the largest loss allowed, in the metric's unit; None: measured, not judged.
         out: the artifact folder: replaced whole, or left as it was.
         effort: "fast", "balanced" or "best": the steps that the recipe is expanded with.
-        device: where calibration and training run; only "cpu" so far.
+        device: where the float passes of calibration run, as torch names it ("cuda"); the proof is of the runtime.
         seed: of every random choice. The caller's own random state is untouched.
         progress: listens to long work.
 
@@ -141,8 +142,8 @@ def compress(
         raise RecipeError(
             "train= and teacher= need a step that trains, and this recipe has none: leave them out"
         )
-    if device not in (None, "cpu"):
-        raise RecipeError(f"device = {device!r}: calibration runs on the CPU so far: leave it out")
+    device = steps.usable_device(device)
+    graph = graph.on_cpu()
     if max_drop is not None and not 0 <= max_drop < math.inf:
         raise RecipeError(f"max_drop = {max_drop}: give a finite number from 0 on, in the metric's unit")
     with (
@@ -161,6 +162,7 @@ def compress(
             calibration=calibration,
             reference=graph,
             overrides=explicit.overrides,
+            device=device,
             seed=seed,
             progress=progress,
             notes=list(graph.notes),
@@ -202,7 +204,7 @@ def compress(
             "max_drop": max_drop,
             "model_digest": graph.digest(),
             "data_digest": calibration.digest(),
-            **artifacts.signature(work),
+            **artifacts.signature(work, plan, runtime.options.get("io") == "integer"),
         }
         artifacts.write_manifest(workspace.path, manifest)
         render(workspace.path)
@@ -255,7 +257,7 @@ def verify(
     subject = opened.subject()
     given = data is not None
     if data is None:
-        data = [Batch(artifacts.read_sample(opened.path, subject.graph))]
+        data = [Batch(artifacts.read_sample(opened.path, subject.graph, opened.plan))]
     judged = _source(data, subject.graph, opened.recipe, "evaluation", "optional")
     listener = progress or NullProgress()
     # a handful of golden samples can't decide the artifact's gate; data that was given can
@@ -263,7 +265,7 @@ def verify(
     chosen, limit, notes = _gate(opened, _first(judged), metric, given, shapes)
     if target is None or target == opened.target.name:
         record = measure(subject, judged, chosen, limit, listener)
-        record["golden"] = artifacts.golden(opened.path, subject.graph, opened.session)
+        record["golden"] = artifacts.golden(opened.path, subject.graph, opened.plan, opened.session)
         if record["golden"]["max_difference"] != 0:
             notes.append(
                 "this machine's results of the golden inputs differ from the golden outputs (see `golden`)"
@@ -419,7 +421,7 @@ def _gate(
 def _judge_device(opened: Artifact, outputs: str | Path | Mapping[str, Any]) -> Measurement:
     found = outputs if isinstance(outputs, Mapping) else read_arrays(outputs)
     sample = read_arrays(opened.path / artifacts.SAMPLE)
-    graph, inputs = opened.graph, artifacts.read_sample(opened.path, opened.graph)
+    graph, inputs = opened.graph, artifacts.read_sample(opened.path, opened.graph, opened.plan)
     arrays = device.read_outputs(found, sample, [spec.name for spec in graph.outputs])
     simulated = Simulator(graph, opened.plan, opened.target.arithmetic()).run(inputs)
     with torch.no_grad():
@@ -485,6 +487,6 @@ def _forecast(graph: Graph, plan: Plan, macs: Mapping[str, int], share: float, r
     )  # fmt: skip
     if depthwise > 0.1 * max(1, sum(macs.values())):
         return "uncertain: depthwise convolutions are seldom faster in int8; measure it"
-    if sum(macs.values()) < 1_000_000:
+    if sum(macs.values()) < SMALL:
         return "uncertain: the network is so small that overheads decide; measure it"
     return f"up to about 3 times ({share:.0%} of the MACs in integers, VNNI present)"

@@ -31,6 +31,7 @@ from .graph.archive import load_pt2, save_pt2
 from .graph.graph import InputSpec
 from .graph.simplify import simplify
 from .plan import Plan
+from .plan.lower import BYTE
 from .proof.measure import REFERENCE, Subject
 from .recipe import Recipe
 from .records import Measurement
@@ -162,13 +163,13 @@ def write(folder: Path, graph: Graph, original: Graph, plan: Plan, recipe: Recip
 
 
 def write_sample(folder: Path, graph: Graph, inputs: tuple[Tensor, ...], session: Session) -> None:
-    """Golden pairs: `input.<name>` and `output.<name>` arrays of the deployed file."""
+    """Golden pairs: `input.<name>` and `output.<name>` arrays, as the deployed file takes and gives them."""
     few = tuple(
         value[:SAMPLES] if spec.shape and isinstance(spec.shape[0], str) else value
         for spec, value in zip(graph.inputs, inputs, strict=True)
     )
-    arrays = {f"input.{spec.name}": value.numpy() for spec, value in zip(graph.inputs, few, strict=True)}
-    outputs = session.run(few)
+    taken, outputs = session.as_stored(few)
+    arrays = {f"input.{spec.name}": value.numpy() for spec, value in zip(graph.inputs, taken, strict=True)}
     arrays |= {
         f"output.{spec.name}": value.numpy() for spec, value in zip(graph.outputs, outputs, strict=True)
     }
@@ -176,21 +177,47 @@ def write_sample(folder: Path, graph: Graph, inputs: tuple[Tensor, ...], session
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def read_sample(folder: Path, graph: Graph) -> tuple[Tensor, ...]:
-    """The golden inputs, in the network's order."""
+def read_sample(folder: Path, graph: Graph, plan: Plan) -> tuple[Tensor, ...]:
+    """The golden inputs as the network takes them, in its order: integers that stand for floats are dequantized."""
+    found = []
     with np.load(folder / SAMPLE, allow_pickle=False) as arrays:
-        return tuple(torch.from_numpy(arrays[f"input.{spec.name}"]) for spec in graph.inputs)
+        for spec in graph.inputs:
+            value = torch.from_numpy(arrays[f"input.{spec.name}"])
+            stored = stored_as(plan, spec.name)
+            if stored is not None and spec.dtype.is_floating_point and not value.is_floating_point():
+                value = (value.to(torch.int32) - stored["zero_point"]).float() * stored["scale"]
+            found.append(value)
+    return tuple(found)
 
 
-def golden(folder: Path, graph: Graph, session: Session) -> dict[str, Any]:
+def stored_as(plan: Plan, producer: str) -> dict[str, Any] | None:
+    """`{dtype, scale, zero_point}` of a quantized tensor at an integer end of a file; None: it is no integer.
+
+    Bytes are unsigned there, as all runtimes but one want them; wider integers are signed.
+    """
+    tie = plan.tie_of(producer)
+    if tie is None:
+        return None
+    scale, zero_point = plan.ties[tie].parameters()
+    fmt = plan.ties[tie].format
+    byte = fmt.bits <= BYTE
+    offset = -fmt.low if byte else 0
+    return {
+        "dtype": "uint8" if byte else "int16",
+        "scale": float(scale),
+        "zero_point": int(zero_point) + offset,
+    }
+
+
+def golden(folder: Path, graph: Graph, plan: Plan, session: Session) -> dict[str, Any]:
     """How far this machine's outputs are from the golden ones: `samples`, `max_difference`, `equal_share`.
 
     Both are null, with the reason, where an output has another shape or isn't finite.
     """
     with np.load(folder / SAMPLE, allow_pickle=False) as arrays:
         wanted = [torch.from_numpy(arrays[f"output.{spec.name}"]) for spec in graph.outputs]
-    inputs = read_sample(folder, graph)
-    found = session.run(inputs)
+    inputs = read_sample(folder, graph, plan)
+    _, found = session.as_stored(inputs)
     record: dict[str, Any] = {"samples": len(inputs[0]) if inputs and inputs[0].dim() else 1}
     worst, equal, count = 0.0, 0, 0
     for mine, theirs in zip(found, wanted, strict=True):
@@ -213,15 +240,26 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     )
 
 
-def signature(graph: Graph) -> dict[str, Any]:
-    """Inputs and outputs as a manifest lists them."""
-    return {
-        kind: [
-            {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
-            for spec in specs
-        ]
-        for kind, specs in (("inputs", graph.inputs), ("outputs", graph.outputs))
+def signature(graph: Graph, plan: Plan, integer_io: bool) -> dict[str, Any]:
+    """Inputs and outputs as a manifest lists them; `stored` is what an integer end is in the file."""
+    made: dict[str, list[tuple[Any, str]]] = {
+        "inputs": [(spec, spec.name) for spec in graph.inputs],
+        "outputs": [
+            (spec, graph.name(node)) for spec, node in zip(graph.outputs, graph.output_nodes(), strict=True)
+        ],
     }
+    found: dict[str, Any] = {}
+    for kind, ends in made.items():
+        found[kind] = []
+        for spec, producer in ends:
+            row = {
+                "name": spec.name,
+                "shape": list(spec.shape),
+                "dtype": str(spec.dtype).removeprefix("torch."),
+            }
+            stored = stored_as(plan, producer) if integer_io and spec.dtype.is_floating_point else None
+            found[kind].append(row | ({"stored": stored} if stored else {}))
+    return found
 
 
 def copy_besides_report(source: Path, place: Path) -> dict[str, Any]:

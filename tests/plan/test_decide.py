@@ -377,3 +377,14 @@ def test_no_integer_dot_product_narrows_weights() -> None:
     fmt = prepared.plan.ties["a.weight"].format
     assert (fmt.low, fmt.high) == (-63, 63)
     assert_exact(ship(prepared, images(8)))
+
+
+@pytest.mark.parametrize(("position", "name"), [("first", "a"), ("last", "c")])
+def test_the_first_and_the_last_layer_can_be_named_by_position(position: Any, name: str) -> None:
+    model = Net(lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x))))), a=conv(), b=conv(8, 8), c=conv(8, 4))
+    prepared = prepare(
+        model, [images(4)], overrides=[Override(position=position, weights={"format": "float32"})]
+    )
+    floats = [n for n in "abc" if prepared.plan.node(n).kernel is None]
+    assert floats == [name]
+    assert prepared.plan.node(name).reason == "kept in float by the recipe"

@@ -5,4 +5,13 @@ from bitport.data.files import open_data, read_arrays
 from bitport.data.images import Preprocessing
 from bitport.data.source import Source
 
-__all__ = ["Batch", "InputLike", "Preprocessing", "Source", "check_inputs", "open_data", "read_arrays", "to_flat"]
+__all__ = [
+    "Batch",
+    "InputLike",
+    "Preprocessing",
+    "Source",
+    "check_inputs",
+    "open_data",
+    "read_arrays",
+    "to_flat",
+]

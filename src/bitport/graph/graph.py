@@ -194,6 +194,21 @@ class Graph:
         """A deep copy that shares nothing with this graph."""
         return Graph(copy.deepcopy(self.gm), self.inputs, self.notes, self.stage, self.sizes)
 
+    def to(self, device: str | torch.device) -> Graph:
+        """A clone on another device, tensors made while running included."""
+        moved = self.clone()
+        moved.gm.to(device)
+        for node in moved.gm.graph.nodes:
+            if node.kwargs.get("device") is not None:
+                node.kwargs = {**node.kwargs, "device": torch.device(device)}
+        moved.gm.recompile()
+        return moved
+
+    def on_cpu(self) -> Graph:
+        """The graph itself, or its copy where it lives elsewhere: exporters and simulators want it on the CPU."""
+        tensors = (*self.gm.parameters(), *self.gm.buffers())
+        return self if all(tensor.device.type == "cpu" for tensor in tensors) else self.to("cpu")
+
     def propagate(self) -> None:
         """Recomputes the shapes of all nodes, and `outputs`; call it after a structural edit.
 

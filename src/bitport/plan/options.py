@@ -13,6 +13,7 @@ from ..errors import RecipeError, TargetError
 from ..formats import Format
 from ..graph import Graph
 from ..graph.reading import type_name
+from ..graph.simplify import CONTRACTIONS
 from ..rules import Ruleset
 
 
@@ -43,6 +44,8 @@ class Override(Protocol):
     @property
     def type(self) -> str | None: ...
     @property
+    def position(self) -> str | None: ...
+    @property
     def weights(self) -> Mapping[str, Any] | None: ...
     @property
     def activations(self) -> Mapping[str, Any] | None: ...
@@ -65,12 +68,16 @@ def resolve(
         TargetError: the target's integer kernels can't hold a format that was asked for.
     """
     nodes = graph.nodes()
+    layers = [node for node in nodes if graph.op(node).kind in CONTRACTIONS]
+    ends = {"first": layers[:1], "last": layers[-1:]}
     w, a = dict.fromkeys(nodes, weights), dict.fromkeys(nodes, activations)
     for index, override in enumerate(overrides):
-        hits = [node for node in nodes if _matches(graph, node, override)]
+        candidates = nodes if override.position is None else ends[override.position]
+        hits = [node for node in candidates if _matches(graph, node, override)]
         if not hits:
             raise RecipeError(
-                f"overrides[{index}] (match={override.match!r}, op={override.op!r}, type={override.type!r}) "
+                f"overrides[{index}] (match={override.match!r}, op={override.op!r}, type={override.type!r}, "
+                f"position={override.position!r}) "
                 "matches no operator; `bitport inspect MODEL` lists their names, operators and types"
             )
         for node in hits:

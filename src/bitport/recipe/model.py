@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import tomli_w
 
@@ -55,16 +55,17 @@ class StepSpec:
 
 @dataclass(frozen=True)
 class Override:
-    """An exception for the operators that fit all of `match`, `op` and `type`; the last one that fits wins.
+    """An exception for the operators that fit all of `match`, `op`, `type`, `position`; the last one that fits wins.
 
     match: fnmatch pattern on names (`"head.*"`). op: kind of operator (`"conv"`). type: class of the module
-    (`"Conv2d"`). weights, activations: what replaces those options of `quantize`; `{"format": "float32"}`
-    keeps them in float.
+    (`"Conv2d"`). position: "first" or "last" layer (convolution or Linear) of the network. weights, activations:
+    what replaces those options of `quantize`; `{"format": "float32"}` keeps them in float.
     """
 
     match: str = "*"
     op: str | None = None
     type: str | None = None
+    position: Literal["first", "last"] | None = None
     weights: Mapping[str, Any] | None = None
     activations: Mapping[str, Any] | None = None
 
@@ -73,6 +74,8 @@ class Override:
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "match"):
                 raise RecipeError(f"an override's {name} is {value!r}; expected text")
+        if self.position not in (None, "first", "last"):
+            raise RecipeError(f"an override's position is {self.position!r}; known: first, last")
         if self.weights is None and self.activations is None:
             raise RecipeError(f"the override of {self.match!r} changes nothing: give weights or activations")
         for name in ("weights", "activations"):

@@ -13,14 +13,19 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor, fx
+
 from .. import registry
 from ..data import Source
-from ..errors import BitportError, RecipeError
+from ..errors import BitportError, RecipeError, first_line
 from ..graph import Graph
 from ..plan import Override, Plan
 from ..progress import NullProgress, Progress
 from ..rules import Ruleset
 from ..simulate import Arithmetic
+
+OnValue = Callable[[fx.Node, Any], Any]
 
 
 @dataclass
@@ -34,6 +39,7 @@ class Context:
         train, evaluation: labelled batches, where given.
         reference: the float network as loaded.
         overrides: the recipe's exceptions.
+        device: where float passes run, as torch names it; integers are decided on the CPU all the same.
         seed: for every random choice; the caller's global generators are never touched.
         notes: sentences for the report; steps append.
         tried: what a step tried, `{what, outcome, reason}`: what was kept, what was left out, and why; steps append.
@@ -46,10 +52,40 @@ class Context:
     train: Source | None = None
     evaluation: Source | None = None
     overrides: Sequence[Override] = ()
+    device: str = "cpu"
     seed: int = 0
     progress: Progress = field(default_factory=NullProgress)
     notes: list[str] = field(default_factory=list)
     tried: list[dict[str, str]] = field(default_factory=list)
+
+    def float_pass(self, graph: Graph) -> Callable[[Sequence[Tensor], OnValue], tuple[Tensor, ...]]:
+        """A function that runs a float graph on the device: (inputs, on_value) → flat outputs, as `Graph.run`.
+
+        `on_value` is told the nodes of the graph that was given; its values and the outputs are on the device.
+        """
+        if self.device == "cpu":
+            return lambda inputs, on_value: graph.run(*inputs, on_value=on_value)
+        twin = graph.to(self.device)
+        twin.gm.eval()
+        original = dict(zip(twin.gm.graph.nodes, graph.gm.graph.nodes, strict=True))
+
+        def run(inputs: Sequence[Tensor], on_value: OnValue) -> tuple[Tensor, ...]:
+            # tensor cores round float32 to 10 bits unless told not to, which would move every range
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                moved = [value.to(self.device) for value in inputs]
+                return twin.run(*moved, on_value=lambda node, value: on_value(original[node], value))
+
+        return run
+
+
+def usable_device(device: str | None) -> str:
+    """The device's name, tried out. Raises RecipeError where torch has none such here."""
+    try:
+        return str(torch.ones(1, device=device or "cpu").device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RecipeError(
+            f"device = {device!r} can't be used here ({first_line(error)}): leave it out to calibrate on the CPU"
+        ) from error
 
 
 Run = Callable[[Graph, Plan, Context, Any], tuple[Graph, Plan]]

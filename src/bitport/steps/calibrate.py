@@ -68,22 +68,25 @@ def observe(graph: Graph, plan: Plan, context: Context, batches: int | None = No
                 tie_of.setdefault(member, []).append(name)
 
     def look(node: fx.Node, value: Any) -> Any:
-        for name in tie_of.get(graph.name(node), ()):
+        wanted = tie_of.get(graph.name(node), ())
+        found = value.cpu() if wanted else value
+        for name in wanted:
             seen = of_batch.setdefault(name, Histogram())
             before = seen.nonfinite
-            seen.update(value)
-            if seen.nonfinite > before and bool(torch.isnan(value).any()):
+            seen.update(found)
+            if seen.nonfinite > before and bool(torch.isnan(found).any()):
                 spoilt.append(graph.name(node))
         return value
 
     graph.gm.eval()
+    run = context.float_pass(graph)
     with context.progress.task("calibrating", batches) as task, torch.no_grad():
         dropped: list[tuple[int, str]] = []
         read = 0
         for batch in islice(context.calibration, batches):
             of_batch.clear()
             spoilt.clear()
-            graph.run(*batch.inputs, on_value=look)
+            run(batch.inputs, look)
             if spoilt:
                 dropped.append((read, spoilt[0]))
             else:

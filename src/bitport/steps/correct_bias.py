@@ -70,13 +70,14 @@ def _mean_inputs(graph: Graph, plan: Plan, context: Context) -> dict[str, Tensor
 
     def look(node: fx.Node, value: Any) -> None:
         for name, axis in layers.get(node, ()):
-            channels = value.movedim(axis, 0).flatten(1).double()
+            channels = value.cpu().movedim(axis, 0).flatten(1).double()
             sums[name] = sums.get(name, torch.zeros(())) + channels.sum(1)
             counts[name] = counts.get(name, 0) + channels.shape[1]
 
+    run = context.float_pass(graph)
     with torch.no_grad():
         for batch in context.calibration:
-            graph.run(*batch.inputs, on_value=look)
+            run(batch.inputs, look)
     return {name: total / counts[name] for name, total in sums.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -90,3 +91,36 @@ def test_the_float_reference_keeps_float_ends(tmp_path: Any) -> None:
 def test_other_words_are_refused() -> None:
     with pytest.raises(RecipeError, match="expected 'float' or 'integer'"):
         make_target("onnxruntime", {"io": "int"})
+
+
+def test_an_artifact_with_integer_ends_from_compress_to_a_device(tmp_path: Any, monkeypatch: Any) -> None:
+    from tests import small
+
+    import bitport
+
+    small.quick(monkeypatch)
+    recipe = bitport.Recipe.of("int8")
+    recipe = dataclasses.replace(recipe, target={"io": "integer"})
+    made = small.compressed(tmp_path / "out", target="onnxruntime", recipe=recipe)
+    assert made.measurements["parity.exact_share"] == 1.0
+    (given,), (taken,) = made.manifest["inputs"], made.manifest["outputs"]
+    with np.load(tmp_path / "out/sample.npz") as arrays:
+        sample = {name: arrays[name] for name in arrays.files}
+    assert {array.dtype.name for array in sample.values()} == {"uint8"}
+    # what a device does: feed the golden integers, keep the integers that come out
+    session = ort.InferenceSession(tmp_path / "out/model.onnx")
+    (out,) = session.run(None, {given["name"]: sample[f"input.{given['name']}"]})
+    record = bitport.verify(tmp_path / "out", outputs={f"output.{taken['name']}": out})
+    assert record["verdict"]["passed"] and record["outputs"][0]["verdict"] == "equal"
+    # and the floats that the manifest's numbers make of them are what predict gives
+    x = small.patterns(3)[0]
+    stored, back = given["stored"], taken["stored"]
+    q = np.clip(np.rint(x.numpy() / np.float32(stored["scale"])) + stored["zero_point"], 0, 255).astype(
+        np.uint8
+    )
+    (out,) = session.run(None, {given["name"]: q})
+    real = (out.astype(np.int32) - back["zero_point"]).astype(np.float32) * np.float32(back["scale"])
+    predicted = made.predict(x)
+    assert np.array_equal(real, predicted.numpy() if isinstance(predicted, torch.Tensor) else predicted)
+    again = bitport.verify(tmp_path / "out")
+    assert again["golden"]["max_difference"] == 0

@@ -182,6 +182,11 @@ class _OrtSession(Session):
         taps |= {end.producer: _signed(integers[name]) for name, end in self.ends.items()}
         return tuple(self._given(n, y) for n, y in zip(self.outputs, results, strict=False)), taps
 
+    def as_stored(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        feeds = self.prepared(inputs)
+        results = self._run(self.outputs, feeds)
+        return [torch.from_numpy(feeds[name]) for name in self.inputs], [torch.from_numpy(y) for y in results]
+
     def prepared(self, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
         return {
             name: self._taken(name, value.detach().contiguous().numpy())
