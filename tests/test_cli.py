@@ -329,7 +329,7 @@ def test_undecided_is_3(api: FakeApi) -> None:
         ),
         (Interrupted("stopped after step 2: run again to resume"), 75, "stopped after step 2"),
         (KeyboardInterrupt(), 75, "interrupted"),
-        (MemoryError(), 1, "unexpected MemoryError"),
+        (MemoryError(), 1, "out of memory"),
     ],
 )
 def test_errors_are_one_line_with_the_right_code(

@@ -98,7 +98,10 @@ def test_signatures_are_those_of_the_fixed_interface() -> None:
         "progress": None,
     }  # fmt: skip
     positional, named = shape(bitport.verify)
-    assert (positional, named) == (["folder", "data", "metric", "target"], {"progress": None})
+    assert (positional, named) == (
+        ["folder", "data", "metric", "target"],
+        {"outputs": None, "progress": None},
+    )
     assert inspect.signature(bitport.verify).parameters["target"].default is None
     assert shape(bitport.report) == (["folder"], {})
     assert shape(bitport.targets) == ([], {})

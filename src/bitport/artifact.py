@@ -73,7 +73,7 @@ class Artifact:
 
     @cached_property
     def plan(self) -> Plan:
-        return Plan.from_record(records.load(self.path / PLAN))
+        return Plan.from_record(records.load(self.path / PLAN)).checked()
 
     @cached_property
     def recipe(self) -> Recipe:

@@ -239,7 +239,7 @@ UNSTEADY: dict[str, Callable[[], Metric]] = {
 
 @pytest.mark.parametrize("kind", UNSTEADY)
 def test_a_metric_that_changes_its_mind_is_refused(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(MetricError, match="metric 'mine' scored the same outputs twice and differently"):
+    with pytest.raises(MetricError, match="metric 'mine' gives different scores for the same outputs"):
         small.compressed(tmp_path / "out", metric=UNSTEADY[kind]())
     assert list(tmp_path.iterdir()) == []
 

@@ -127,3 +127,13 @@ def test_a_malformed_record_is_told(change: dict[str, object], said: str) -> Non
     assert Plan.from_record(record).quantized
     with pytest.raises(ArtifactError, match=rf"the plan is malformed \(.*{said}.*\): make it again"):
         Plan.from_record({**record, **change})
+
+
+def test_a_plan_whose_integers_nobody_carries_is_refused() -> None:
+    tie = {"x": TensorPlan(Format.parse("int8"), "measured")}
+    conv, move = NodePlan("QLinearConv", role="compute"), NodePlan("", role="move")
+    whole = Plan("t", {Edge("x", "a", 0): "x", Edge("m", "a", 1): "x"}, tie, {"a": conv, "m": move})
+    assert whole.checked() is whole
+    for edges in ({}, {Edge("x", "a", 0): "x"}, {Edge("m", "b", 0): "x"}):
+        with pytest.raises(GraphError, match="no edge carries"):
+            Plan("t", edges, tie, {"a": conv, "m": move}).checked()

@@ -179,7 +179,7 @@ def test_bad_options_and_bad_files(tmp_path: Path) -> None:
     for options, message in (
         ({"threads": 0}, "at least 1"),
         ({"opset": 9}, "18 to 23"),
-        ({"io": "integer"}, "only 'float'"),
+        ({"io": "int"}, "expected 'float' or 'integer'"),
         ({"speed": 1}, "no such option"),
         ({"threads": "1"}, "expected a value of type int"),
     ):

@@ -148,6 +148,12 @@ def check_weights(model: nn.Module) -> None:
         if not tensor.is_floating_point() or tensor.is_meta:
             continue
         data = tensor.detach()
+        if name.endswith("running_var") and bool((data < 0).any()):
+            channel = int(torch.nonzero(data.flatten() < 0)[0])
+            raise WeightsError(
+                f"{name} holds a variance of {float(data.flatten()[channel]):g} in channel {channel}: "
+                "re-estimate its statistics on training data"
+            )
         if bool(torch.isfinite(data).all()):
             continue
         nans, infs = int(torch.isnan(data).sum()), int(torch.isinf(data).sum())

@@ -115,6 +115,17 @@ class Plan:
     def quantized(self) -> bool:
         return bool(self.edges)
 
+    def checked(self) -> Plan:
+        """The plan itself. Raises GraphError where an operator runs in integers that no edge carries."""
+        made, read = {edge.producer for edge in self.edges}, {edge.consumer for edge in self.edges}
+        for name, node in self.nodes.items():
+            moves = node.role in ("move", "scaled")
+            if (moves and name not in made) or (not moves and node.kernel is not None and name not in read):
+                raise GraphError(
+                    f"the plan runs {name!r} in integers that no edge carries: make the artifact again"
+                )
+        return self
+
     # ------------------------------------------------------------------ text
 
     def to_record(self) -> dict[str, Any]:
