@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -78,6 +78,11 @@ def test_monotone(fmt: Format, ends: list[float], values: list[float]) -> None:
     assert q.max() <= fmt.high
 
 
+@example(Format.parse("int8"), [5.0, 6.0])
+@example(Format.parse("int8"), [-6.0, -5.0])
+@example(Format.parse("int8"), [0.0, 1e-45])
+@example(Format.parse("int8"), [-3e38, 3e38])
+@example(Format.parse("int8 symmetric"), [0.0, 0.0])
 @given(FORMATS, st.tuples(ANY_FINITE, ANY_FINITE).map(sorted))
 def test_qparams_are_sound_for_every_finite_range(fmt: Format, ends: list[float]) -> None:
     scale, zero_point = qparams(*tensors(*ends), fmt)
