@@ -151,7 +151,9 @@ def compress(
         torch.random.fork_rng(devices=[]),
         contextlib.ExitStack() as ending,
     ):
-        checkpoint = Checkpoint(workspace.out, lambda: identity(graph, calibration, explicit, runtime, seed))
+        checkpoint = Checkpoint(
+            workspace.out, lambda: identity(graph, calibration, explicit, runtime, seed, device)
+        )
         first = _first(judged)
         shapes = [spec.shape for spec in graph.outputs]
         chosen = metrics.get(metric, first.labels is not None, first.labels, shapes)

@@ -95,7 +95,9 @@ def keeping(checkpoint: Checkpoint, state: State, recipe: Recipe) -> Iterator[No
         raise Interrupted(_stopped(checkpoint, state, recipe)) from stopped
 
 
-def identity(graph: Graph, calibration: Source, recipe: Recipe, target: Target, seed: int) -> dict[str, Any]:
+def identity(
+    graph: Graph, calibration: Source, recipe: Recipe, target: Target, seed: int, device: str
+) -> dict[str, Any]:
     """Everything that the bytes of a result depend on. Reads all calibration data if nobody has yet."""
     machine = host()
     return {
@@ -104,6 +106,7 @@ def identity(graph: Graph, calibration: Source, recipe: Recipe, target: Target, 
         "recipe": tomllib.loads(recipe.to_toml()),
         "target": {"name": target.name, **target.options},
         "seed": seed,
+        "device": device,
         "versions": records.versions(),
         "processor": [machine["machine"], *machine["isa"]],
         "threads": torch.get_num_threads(),

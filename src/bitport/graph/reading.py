@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import fx
 
 from .graph import Graph
@@ -53,3 +56,14 @@ def made_by(op: Op, slot: int) -> fx.Node:
     operand = present(op, slot)
     assert operand.node is not None
     return operand.node
+
+
+def value_users(node: fx.Node, ops: Mapping[fx.Node, Op]) -> list[fx.Node]:
+    """Users of a tensor's values (not of its sizes); the graph's output counts as one."""
+    return [user for user in node.users if user not in ops or ops[user].kind not in ("shape", "const")]
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether a node's value is a tensor of floats."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -8,13 +8,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ..formats import Format
 from ..graph import Edge, Graph, Op, Operand
-from ..graph.reading import output_slots, placeholders, present, producer_name
+from ..graph.reading import (
+    is_float,
+    output_slots,
+    placeholders,
+    present,
+    producer_name,
+    value_users,
+)
 from ..rules import Derived, Fixed, Free, OpRule, Ruleset, Shared, Weight
 from .model import NodePlan, Plan, TensorPlan
 from .options import Override, TensorOptions, resolve
@@ -76,7 +83,7 @@ class _Planner:
         self.ops: dict[torch.fx.Node, Op] = {node: graph.op(node) for node in self.nodes}
         # with integer inputs and outputs these are integers whoever makes or reads them
         ends = (placeholders(graph), graph.output_nodes()) if ruleset.integer_io else ((), ())
-        self.given, self.asked = ({node for node in end if _is_float(node)} for end in ends)
+        self.given, self.asked = ({node for node in end if is_float(node)} for end in ends)
         self.weights, self.activations = resolve(graph, ruleset, weights, activations, overrides)
         self.default = activations
         self.stored = self._stored()
@@ -134,7 +141,7 @@ class _Planner:
         return f"{why}, which {self.ruleset.name} stores but has no kernels for: it computes in float"
 
     def _mask_reason(self, node: torch.fx.Node, op: Op) -> str | None:
-        users = _users(node, self.ops)
+        users = value_users(node, self.ops)
         if (
             op.kind in ("add", "add_scalar", "sub")
             and users
@@ -255,7 +262,7 @@ class _Planner:
                 continue  # a constant can always be stored as integers
             if self._owner(source) not in self.rows and source not in wanted:
                 return f"its operand {self.names[source]} is float"
-        users = _users(self._head(node), self.ops)
+        users = value_users(self._head(node), self.ops)
         if self.ops[node].kind == "getitem":
             return None  # a part of an integer list is integers, whoever reads it
         if self.ops[node].kind == "split" and not all(user in self.rows for user in users):
@@ -275,7 +282,7 @@ class _Planner:
     def _reaches_integer(self, node: torch.fx.Node) -> bool:
         if self._head(node) in self.asked:
             return True
-        for user in _users(self._head(node), self.ops):
+        for user in value_users(self._head(node), self.ops):
             row = self.rows.get(user)
             if row is None:
                 continue
@@ -414,7 +421,7 @@ class _Planner:
         result = set()
         for node, row in self.rows.items():
             if row.float_output and node not in self.absorbs and node not in self.asked:
-                if not any(user in self.rows for user in _users(node, self.ops)):
+                if not any(user in self.rows for user in value_users(node, self.ops)):
                     result.add(node)
         return result
 
@@ -485,16 +492,6 @@ class _Planner:
             elif node in self.reasons:
                 plans[name] = NodePlan(reason=self.reasons[node])
         return plans
-
-
-def _users(node: torch.fx.Node, ops: Mapping[torch.fx.Node, Op]) -> list[torch.fx.Node]:
-    """Users of a tensor's values (not of its sizes); the graph's output counts as one."""
-    return [user for user in node.users if user not in ops or ops[user].kind not in ("shape", "const")]
-
-
-def _is_float(node: torch.fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _is_value(node: torch.fx.Node) -> bool:
