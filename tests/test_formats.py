@@ -187,10 +187,11 @@ def test_zero_point_of_symmetric_formats(text: str, zero_point: int) -> None:
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"kind": "codebook"}, "kind 'codebook'"),
+        ({"kind": "cookbook"}, "kind 'cookbook'"),
+        ({"kind": "codebook"}, "table ''"),
         ({"kind": "int", "low": 0.5, "high": 3}, "low is 0.5"),
         ({"kind": "int", "low": -1, "high": 3, "mantissa": 2}, "mantissa"),
-        ({"kind": "float", "exponent": 4, "mantissa": 3}, "not supported"),
+        ({"kind": "float", "exponent": 9, "mantissa": 3}, "not supported"),
         ({"kind": "float", "exponent": 8, "mantissa": 23, "bits": 16}, "takes 32 bits"),
         ({"kind": "float", "exponent": 8, "mantissa": 23, "symmetric": True}, "no integer range"),
     ],
@@ -198,6 +199,31 @@ def test_zero_point_of_symmetric_formats(text: str, zero_point: int) -> None:
 def test_contradictory_fields_are_refused(fields: dict[str, object], why: str) -> None:
     with pytest.raises(FormatError, match=why):
         Format(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "bits", "canonical"),
+    [
+        ("e4m3", 8, "e4m3"),
+        ("e2m1 group(16) scale(e4m3)", 4, "e2m1 group(16) scale(e4m3)"),
+        ("mxfp4", 4, "e2m1 group(32) scale(e8m0)"),
+        ("e5m10", 16, "float16"),
+        ("ternary", 2, "int[-1,1]"),
+        ("binary channel", 1, "uint1 channel"),
+        ("log2(4) channel(1)", 4, "log2(4) channel(1)"),
+        ("nf4 group(64)", 4, "nf4 group(64)"),
+        ("sign", 1, "sign"),
+        ("codebook(10) channel", 4, "codebook(10) channel"),
+        ("int4 group( 128 , 1 )", 4, "int4 group(128,1)"),
+        ("int8 global", 8, "int8 global"),
+        ("int4 tensor", 4, "int4"),
+        ("int8 scale(e8m0) symmetric", 8, "int8 symmetric scale(e8m0)"),
+    ],
+)
+def test_other_kinds_and_granularities(text: str, bits: int, canonical: str) -> None:
+    fmt = Format.parse(text)
+    assert (fmt.bits, str(fmt)) == (bits, canonical)
+    assert Format.parse(canonical) == fmt
 
 
 def test_frozen() -> None:
