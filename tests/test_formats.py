@@ -208,7 +208,7 @@ def test_contradictory_fields_are_refused(fields: dict[str, object], why: str) -
         ("e2m1 group(16) scale(e4m3)", 4, "e2m1 group(16) scale(e4m3)"),
         ("mxfp4", 4, "e2m1 group(32) scale(e8m0)"),
         ("e5m10", 16, "float16"),
-        ("ternary", 2, "int[-1,1]"),
+        ("ternary", 2, "int2n"),
         ("binary channel", 1, "uint1 channel"),
         ("log2(4) channel(1)", 4, "log2(4) channel(1)"),
         ("nf4 group(64)", 4, "nf4 group(64)"),
