@@ -10,6 +10,7 @@ Letters: B batch, C channels, I input features, O output features, K length of o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,18 @@ def along(values: Tensor, ndim: int, axis: int | None) -> Tensor:
     shape = [1] * ndim
     shape[axis] = -1
     return values.reshape(shape)
+
+
+def grouped(values: Tensor, shape: Sequence[int], axis: int, group: int) -> Tensor:
+    """`values` [C, G] of groups spread over a tensor of `shape`, whose dimension `axis` has C channels.
+
+    A channel is what is left when `axis` is taken out, flattened; each value holds for `group` consecutive numbers of
+    it, the last one for what is left over.
+    """
+    rest = [size for dim, size in enumerate(shape) if dim != axis % len(shape)]
+    width = math.prod(rest)
+    wide = values.repeat_interleave(group, 1)[:, :width]
+    return wide.reshape([shape[axis], *rest]).movedim(0, axis)
 
 
 def spread(value: int | Sequence[int], count: int) -> tuple[int, ...]:
