@@ -21,6 +21,7 @@ from bitport.numerics.ranges import (
     minmax,
     mse,
     percentile,
+    weight_losses,
     weight_ranges,
 )
 
@@ -357,3 +358,89 @@ def test_weights_refused() -> None:
     for fmt in ("int8 channel", "int8 channel(2)", "int8 channel(-3)"):
         with pytest.raises(FormatError, match="channel axis"):
             weight_ranges(torch.ones(2, 2), Format.parse(fmt), "minmax")
+    with pytest.raises(FormatError, match=r"group\(SIZE,AXIS\)"):
+        weight_ranges(torch.ones(2, 2), Format.parse("int4 group(2)"), "minmax")
+
+
+# ---------------------------------------------------------------- groups
+
+
+@given(
+    st.sampled_from([(3, 8), (3, 7), (2, 3, 2, 2), (5,), (1, 1), (4, 33)]),
+    st.sampled_from([1, 2, 4, 7, 32, 100]),
+    st.integers(0, 3),
+    st.sampled_from(["minmax", "percentile", "mse"]),
+    st.sampled_from(["int4 symmetric", "int4", "int8"]),
+)
+def test_groups_are_the_ranges_of_their_own_values(
+    shape: tuple[int, ...], size: int, axis: int, spec: str, name: str
+) -> None:
+    """Against a loop over the slices of each channel: the shorter tail is a group too, to the bit."""
+    axis = min(axis, len(shape) - 1)
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(size))
+    fmt = Format.parse(f"{name} group({size},{axis})")
+    low, high = weight_ranges(w, fmt, spec)
+    channels = w.movedim(axis, 0).reshape(shape[axis], -1)
+    count = -(-channels.shape[1] // size)
+    assert low.shape == high.shape == (shape[axis], count)
+    for c, channel in enumerate(channels):
+        for g, values in enumerate(channel.split(size)):
+            alone = weight_ranges(values.clone(), Format.parse(name), spec)
+            assert (low[c, g], high[c, g]) == alone
+
+
+def test_a_group_as_large_as_the_channel_is_the_channel() -> None:
+    w = torch.randn(4, 3, 5)
+    for size in (15, 16, 1000):
+        for spec in ("minmax", "mse", "percentile"):
+            grouped = weight_ranges(w, Format.parse(f"int4 group({size},0)"), spec)
+            channel = weight_ranges(w, Format.parse("int4 channel(0)"), spec)
+            for a, b in zip(grouped, channel, strict=True):
+                assert torch.equal(a, b[:, None])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (3, 0, 2)])
+def test_groups_of_empty_weights(shape: tuple[int, ...]) -> None:
+    w = torch.empty(shape)
+    low, high = weight_ranges(w, Format.parse("int4 group(3,0)"), "mse")
+    assert low.shape == high.shape == (shape[0], 0)
+
+
+def test_finer_groups_never_have_wider_ranges() -> None:
+    w = torch.randn(6, 50)
+    wide = weight_ranges(w, Format.parse("int4 group(20,0)"), "minmax")[1]
+    fine = weight_ranges(w, Format.parse("int4 group(10,0)"), "minmax")[1]
+    assert torch.equal(wide, torch.stack([fine[:, :2].amax(1), fine[:, 2:4].amax(1), fine[:, 4]], 1))
+
+
+def test_one_global_scale_is_shaped_as_a_tensors() -> None:
+    w = torch.randn(3, 4)
+    assert weight_ranges(w, Format.parse("int8 global"), "minmax") == weight_ranges(w, INT8, "minmax")
+
+
+@pytest.mark.parametrize("name", ["e4m3", "nf4", "log2(4)", "sign", "codebook(16)"])
+def test_percentile_of_formats_without_a_zero_point_is_symmetric(name: str) -> None:
+    w = torch.cat([torch.arange(-100.0, 0.0), torch.arange(1.0, 11.0)])
+    low, high = weight_ranges(w, Format.parse(name), {"use": "percentile", "q": 90})
+    assert (low, high) == (-89.0, 10.0)
+    found = percentile(histogram(w), Format.parse(name), q=90)
+    assert found == pytest.approx((-89.0, 10.0), abs=0.1)
+
+
+def test_losses_of_groups() -> None:
+    """One outlier of 1000 flushes the 31 others of its group; channel 1 has none."""
+    w = torch.full((2, 40), 0.5)
+    w[0, 35] = 0.001
+    w[1, 3] = 1000.0
+    fmt = Format.parse("int8 symmetric group(32,0)")
+    low, high = weight_ranges(w, fmt, "minmax")
+    scale, _ = qparams(low, high, fmt)
+    assert weight_losses(w, fmt, low, high, scale) == (0, 31, 1)
+    assert weight_losses(w, fmt, low, high / 4, scale)[0] == 32 + 7 + 1 + 8
+    w[1, 3] = 0.5
+    low, high = weight_ranges(w, fmt, "minmax")
+    assert weight_losses(w, fmt, low, high, qparams(low, high, fmt)[0]) == (0, 0, -1)
+    w[1, 3] = 1000.0
+    e4m3 = Format.parse("e4m3 group(32,0)")
+    low, high = weight_ranges(w, e4m3, "minmax")
+    assert weight_losses(w, e4m3, low, high, high / 448) == (0, 0, -1)

@@ -8,7 +8,8 @@
 A new estimator is one function with `@_estimator` on a `Histogram`; `@_for_weights` adds an exact version for
 tensors where the distribution per channel is at hand.
 
-Legend: C channels, K values per channel, B histogram bins.
+Legend: C channels, K values per channel, G groups of a channel; R rows that get a range of their own, V values of
+a row; B histogram bins.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = [
     "minmax",
     "mse",
     "percentile",
+    "search",
     "weight_losses",
     "weight_ranges",
 ]
@@ -42,8 +44,8 @@ __all__ = [
 Spec = str | Mapping[str, Any]
 Estimator = Callable[..., tuple[float, float]]
 TensorEstimator = Callable[..., tuple[Tensor, Tensor]]
-# Maps the candidate ends of the range, [C] each, to the squared error of each channel, [C].
-_Errors = Callable[[Tensor, Tensor], Tensor]
+# Maps the candidate ends of the range, [R] each, to the squared error of each row, [R].
+Errors = Callable[[Tensor, Tensor], Tensor]
 
 _ESTIMATORS: dict[str, Estimator] = {}
 _WEIGHT_ESTIMATORS: dict[str, TensorEstimator] = {}
@@ -91,10 +93,11 @@ def weight_ranges(w: Tensor, fmt: Format, spec: Spec) -> tuple[Tensor, Tensor]:
 
     Args:
         w: any shape and float type.
-        fmt: an integer format; granularity "channel" gives one range per index of `fmt.axis`.
+        fmt: granularity "channel" gives one range per index of `fmt.axis`, "group" one per `fmt.group` consecutive
+            values of a channel (a shorter tail is a group of its own), "tensor" and "global" a single one.
         spec: as for `estimate`.
 
-    Returns: (minimum, maximum), float32, [C] or 0-d. A channel without elements or of zeros gets (0, 0).
+    Returns: (minimum, maximum), float32, 0-d, [C] or [C, G]. What has no elements or only zeros gets (0, 0).
 
     Raises:
         UnknownName, RecipeError: as `estimate`.
@@ -102,40 +105,57 @@ def weight_ranges(w: Tensor, fmt: Format, spec: Spec) -> tuple[Tensor, Tensor]:
         WeightsError: w holds NaN or infinite values.
     """
     function, options = _resolve(spec)
-    w_CK = _channels(w.detach().float(), fmt)
-    wrong = w_CK.numel() - int(torch.isfinite(w_CK).sum())
+    parts = _parts(w.detach().float(), fmt)
+    wrong = w.numel() - int(torch.isfinite(w).sum())
     if wrong:
         raise WeightsError(f"weights hold {wrong} NaN or infinite values: repair the float network first")
-    if w_CK.numel() == 0:
-        low_C = high_C = torch.zeros(w_CK.shape[0], device=w.device)
-    elif exact := _WEIGHT_ESTIMATORS.get(function.__name__):
-        low_C, high_C = exact(w_CK, fmt, **options)
-    else:
-        low_C, high_C = _through_histograms(w_CK, fmt, function, options)
-    if fmt.granularity == "channel":
-        return low_C, high_C
-    return low_C.reshape(()), high_C.reshape(())
+    exact = _WEIGHT_ESTIMATORS.get(function.__name__)
+    lows, highs = [], []
+    for part in parts:
+        w_RV = part.flatten(0, 1)
+        if w_RV.numel() == 0:
+            low_R = high_R = torch.zeros(w_RV.shape[0], device=w.device)
+        elif exact is not None:
+            low_R, high_R = exact(w_RV, fmt, **options)
+        else:
+            low_R, high_R = _through_histograms(w_RV, fmt, function, options)
+        lows.append(low_R.reshape(part.shape[:2]))
+        highs.append(high_R.reshape(part.shape[:2]))
+    return _shaped(torch.cat(lows, 1), fmt), _shaped(torch.cat(highs, 1), fmt)
 
 
 def weight_losses(w: Tensor, fmt: Format, low: Tensor, high: Tensor, scale: Tensor) -> tuple[int, int, int]:
     """What a range costs a weight tensor: (clipped, flushed, channel).
 
     Args:
-        w: any shape. low, high, scale: as `weight_ranges` and `qparams` return them, [C] or 0-d.
+        w: any shape. low, high, scale: as `weight_ranges` and `qparams` return them, 0-d, [C] or [C, G].
 
     Returns: how many values are far outside, more than twice the range; how many values other than 0 become 0 in
-        the channel where they are the largest share, counted only where nine of ten do; that channel, else -1.
+        the channel (or in the group) where they are the largest share, counted only where nine of ten do; that
+        channel, else -1. Only integers flush in this sense: (clipped, 0, -1) for the other kinds of formats.
     """
-    w_CK = _channels(w.detach().float(), fmt)
-    reach = 2 * torch.maximum(-low, high).reshape(-1, 1)
-    clipped = int(((w_CK.abs() > reach) & (reach > 0)).sum())
-    alive = (w_CK != 0).sum(1)
-    flushed = ((w_CK != 0) & (w_CK.abs() < scale.reshape(-1, 1) / 2)).sum(1)
-    many = (flushed >= 8) & (10 * flushed >= 9 * alive)
-    if not bool(many.any()):
-        return clipped, 0, -1
-    channel = int(torch.where(many, flushed / alive.clamp(min=1), 0.0).argmax())
-    return clipped, int(flushed[channel]), channel
+    parts = _parts(w.detach().float(), fmt)
+    ends = torch.maximum(-low, high).reshape(parts[0].shape[0], -1)
+    steps = scale.reshape(ends.shape)
+    clipped, worst = 0, (0.0, 0, -1)
+    first = 0
+    for part in parts:
+        groups = slice(first, first + part.shape[1])
+        first += part.shape[1]
+        reach = 2 * ends[:, groups, None]
+        size = part.abs()
+        clipped += int(((size > reach) & (reach > 0)).sum())
+        if not fmt.is_int or not part.numel():
+            continue
+        alive = (part != 0).sum(2)
+        flushed = ((part != 0) & (size < steps[:, groups, None] / 2)).sum(2)
+        many = (flushed >= 8) & (10 * flushed >= 9 * alive)
+        share = torch.where(many, flushed / alive.clamp(min=1), 0.0)
+        index = int(share.argmax())
+        if float(share.reshape(-1)[index]) > worst[0]:
+            found = (float(share.reshape(-1)[index]), int(flushed.reshape(-1)[index]), index // part.shape[1])
+            worst = found
+    return clipped, worst[1], worst[2]
 
 
 # ---------------------------------------------------------------- the estimators
@@ -151,8 +171,9 @@ def minmax(h: Histogram, fmt: Format) -> tuple[float, float]:
 def percentile(h: Histogram, fmt: Format, *, q: float = 99.99) -> tuple[float, float]:
     """The range that keeps q percent of the values.
 
-    A symmetric format cuts the largest magnitudes. Otherwise half of the rest is cut at each end, or all of
-    it at the far end where the values have one sign. Inside a bin the values are taken as spread evenly.
+    A format without a zero point to choose cuts the largest magnitudes. Otherwise half of the rest is cut at
+    each end, or all of it at the far end where the values have one sign. Inside a bin the values are taken as
+    spread evenly.
 
     Args:
         q: 50 < q ≤ 100; 100 is `minmax`.
@@ -164,7 +185,7 @@ def percentile(h: Histogram, fmt: Format, *, q: float = 99.99) -> tuple[float, f
     if outside == 0.0:
         return h.minimum, h.maximum
     edges, counts = h.edges(), h.counts.double()
-    if fmt.symmetric:
+    if mirrored(fmt):
         negative = int((edges[:-1] < 0).sum())
         below, above = counts[:negative].flip(0), counts[negative:]
         sides = max(below.numel(), above.numel())
@@ -190,14 +211,14 @@ def percentile(h: Histogram, fmt: Format, *, q: float = 99.99) -> tuple[float, f
 def mse(h: Histogram, fmt: Format) -> tuple[float, float]:
     """The range with the smallest expected squared quantization error.
 
-    Found by the grid search of `_search`, which starts from `minmax` and is never worse than it.
+    Found by the grid search of `search`, which starts from `minmax` and is never worse than it.
 
     Raises:
         FormatError: `fmt` is a float format.
     """
     low, high = torch.tensor([[h.minimum], [h.maximum]], dtype=torch.float64)
     edges, counts = h.edges(), h.counts.double()
-    low, high = _search(lambda a, b: _histogram_error(edges, counts, a, b, fmt), low, high, fmt.symmetric)
+    low, high = search(lambda a, b: _histogram_error(edges, counts, a, b, fmt), low, high, fmt.symmetric)
     return float(low), float(high)
 
 
@@ -213,23 +234,23 @@ def expected_error(h: Histogram, fmt: Format, minimum: float, maximum: float) ->
 
 
 @_for_weights("minmax")
-def _minmax_of_weights(w_CK: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    return w_CK.amin(1), w_CK.amax(1)
+def _minmax_of_weights(w_RV: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    return w_RV.amin(1), w_RV.amax(1)
 
 
 @_for_weights("percentile")
-def _percentile_of_weights(w_CK: Tensor, fmt: Format, *, q: float = 99.99) -> tuple[Tensor, Tensor]:
+def _percentile_of_weights(w_RV: Tensor, fmt: Format, *, q: float = 99.99) -> tuple[Tensor, Tensor]:
     """As `percentile`, with the smallest value below or at which enough values lie."""
-    outside, size = _outside(q), w_CK.shape[1]
-    low, high = w_CK.amin(1), w_CK.amax(1)
+    outside, size = _outside(q), w_RV.shape[1]
+    low, high = w_RV.amin(1), w_RV.amax(1)
 
     def rank(share: float) -> int:
         return max(0, math.ceil(share * size - 1e-9) - 1)
 
-    if fmt.symmetric:
-        bound = w_CK.abs().sort(1).values[:, rank(1 - outside)]
+    if mirrored(fmt):
+        bound = w_RV.abs().sort(1).values[:, rank(1 - outside)]
         return low.maximum(-bound), high.minimum(bound)
-    ordered = w_CK.sort(1).values
+    ordered = w_RV.sort(1).values
     one, half = rank(1 - outside), rank(1 - outside / 2)
     upper = torch.where(low >= 0, ordered[:, one], torch.where(high <= 0, high, ordered[:, half]))
     lower = torch.where(
@@ -239,9 +260,9 @@ def _percentile_of_weights(w_CK: Tensor, fmt: Format, *, q: float = 99.99) -> tu
 
 
 @_for_weights("mse")
-def _mse_of_weights(w_CK: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+def _mse_of_weights(w_RV: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     lows, highs = [], []
-    for part in torch.split(w_CK, max(1, _BLOCK // w_CK.shape[1])):
+    for part in torch.split(w_RV, max(1, _BLOCK // w_RV.shape[1])):
         low, high = part.amin(1), part.amax(1)
         # Errors relative to the largest weight: their squares can't overflow.
         size = torch.maximum(-low, high).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
@@ -252,7 +273,7 @@ def _mse_of_weights(w_CK: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
             codes = (part / scale).round_().add_(offset).clamp_(fmt.low, fmt.high).sub_(offset)
             return codes.mul_(scale).sub_(part).div_(size).square_().sum(1, dtype=torch.float64)
 
-        low, high = _search(errors, low, high, fmt.symmetric)
+        low, high = search(errors, low, high, fmt.symmetric)
         lows.append(low)
         highs.append(high)
     return torch.cat(lows), torch.cat(highs)
@@ -261,14 +282,19 @@ def _mse_of_weights(w_CK: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- how they are found
 
 
-def _search(errors: _Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The ends [C] of the range with the smallest error per channel, by a grid search over shrink factors.
+def search(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The ends [R] of the range with the smallest error per row, by a grid search over shrink factors.
 
     The extremes, widened to include 0, are multiplied by factors ≤ 1 from a ladder: linear down to ½, then
     2^-½ a step down to 2^-10. First both by the same one; then, unless the format is symmetric or the values
     have one sign, each end by its own; then the grid is refined around the best in steps of 2^¼ to 2^1/128.
     An end at 0 stays there. Every range is compared by `errors`, the full one among them, and the best is
-    kept; a channel's result depends on no other channel.
+    kept; a row's result depends on no other row.
+
+    Args:
+        errors: maps candidate ends, [R] each, to the error of each row, [R]; any measure that is to be small.
+        low, high: the extremes of the values, [R].
+        symmetric: whether both ends are cut at one magnitude.
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     reach = torch.maximum(-low, high)
@@ -330,6 +356,11 @@ def _histogram_error(edges: Tensor, counts: Tensor, low: Tensor, high: Tensor, f
     return (mean @ counts * scale.double() ** 2).reshape(1)
 
 
+def mirrored(fmt: Format) -> bool:
+    """Whether a range serves by its magnitude only: symmetric integers, and all that has no zero point."""
+    return fmt.symmetric or not fmt.is_int
+
+
 def _quantile(edges: Tensor, counts: Tensor, share: float) -> float:
     """The value below which `share` of the counts lie, interpolated inside its bin."""
     total = counts.cumsum(0)
@@ -348,29 +379,47 @@ def _outside(q: float) -> float:
     return 1 - q / 100
 
 
-def _channels(w: Tensor, fmt: Format) -> Tensor:
-    """w as [C, K], C = 1 unless the format is per channel."""
-    if fmt.granularity != "channel":
-        return w.reshape(1, -1)
+def _parts(w: Tensor, fmt: Format) -> list[Tensor]:
+    """w cut into what shares a range: [C, G, V] without the tails, and [C, 1, V] of the shorter tails.
+
+    C and G are 1 where the format has no channels or groups. There is always a first part.
+    """
+    if fmt.granularity not in ("channel", "group"):
+        return [w.reshape(1, 1, -1)]
     if fmt.axis is None or not -w.ndim <= fmt.axis < w.ndim:
         raise FormatError(
-            f"format {fmt} needs a channel axis of a weight with {w.ndim} dimensions: write channel(AXIS)"
+            f"format {fmt} needs a channel axis of a weight with {w.ndim} dimensions: write "
+            f"{'channel(AXIS)' if fmt.granularity == 'channel' else 'group(SIZE,AXIS)'}"
         )
     moved = w.movedim(fmt.axis, 0)
-    return moved.reshape(moved.shape[0], moved.numel() // max(moved.shape[0], 1))
+    channels = moved.shape[0]
+    w_CK = moved.reshape(channels, moved.numel() // max(channels, 1))
+    if fmt.granularity == "channel":
+        return [w_CK[:, None]]
+    whole = w_CK.shape[1] // fmt.group * fmt.group
+    grouped = w_CK[:, :whole].reshape(channels, whole // fmt.group, fmt.group)
+    tail = w_CK[:, None, whole:]
+    return [part for part in (grouped, tail) if part.shape[1] and part.shape[2]] or [grouped]
+
+
+def _shaped(ends_CG: Tensor, fmt: Format) -> Tensor:
+    """[C, G] as the format's scales are shaped."""
+    if fmt.granularity == "group":
+        return ends_CG
+    return ends_CG.reshape(-1) if fmt.granularity == "channel" else ends_CG.reshape(())
 
 
 def _through_histograms(
-    w_CK: Tensor, fmt: Format, function: Estimator, options: Mapping[str, Any]
+    w_RV: Tensor, fmt: Format, function: Estimator, options: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """The ranges of an estimator without a version for tensors: one histogram per channel."""
+    """The ranges of an estimator without a version for tensors: one histogram per row."""
     ranges = []
-    for w_K in w_CK:
+    for w_V in w_RV:
         h = Histogram()
-        h.update(w_K)
+        h.update(w_V)
         ranges.append(function(h, fmt, **options))
-    low_C, high_C = torch.tensor(ranges, dtype=torch.float32, device=w_CK.device).unbind(1)
-    return low_C, high_C
+    low_R, high_R = torch.tensor(ranges, dtype=torch.float32, device=w_RV.device).unbind(1)
+    return low_R, high_R
 
 
 def _resolve(spec: Spec) -> tuple[Estimator, dict[str, Any]]:
