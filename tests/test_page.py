@@ -19,7 +19,7 @@ from bitport.page import render
 from bitport.page.figures import drawn, figures
 from bitport.page.page import to_html
 from bitport.page.ranges import MOST, ranges
-from bitport.page.summary import comparison, islands, worst_layers
+from bitport.page.summary import comparison, islands, spread, worst_layers
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m'\"&amp;</script>{{7*7}}"
 BASE = fixtures.record()
@@ -155,7 +155,7 @@ def test_bad_news_is_said_plainly(changes: dict[str, Any], words: list[str]) -> 
 def test_not_faster_is_said() -> None:
     slow = {**BASE["latency"], "speedup": 0.97, "ci95": [0.93, 1.01], "verdict": "not faster"}
     text = page(verdict=None, latency=slow).text
-    assert "not faster than float (0.97× its speed)" in text
+    assert "not faster than float (0.97× its speed on 1 thread)" in text
     assert "Not faster:" in text
 
 
@@ -312,6 +312,36 @@ def test_float_operators_are_grouped_by_reason_and_all_named() -> None:
         assert row["name"] in text
 
 
+def test_what_is_float_because_its_operand_is_makes_one_group() -> None:
+    rows = [
+        {"name": f"block{i}.{op}", "op": op, "reason": f"its operand block{i}.norm is float", "macs": 0}
+        for i in range(3)
+        for op in ("add", "other:silu")
+    ]
+    rows.append({"name": "norm", "op": "layer_norm", "reason": "the runtime has no LayerNorm", "macs": 0})
+    record = fixtures.record(integer={**BASE["integer"], "float_ops": rows})
+    first, last = islands(record)
+    assert (first.op, first.reason) == ("layer_norm", "the runtime has no LayerNorm")
+    assert (last.op, len(last.names), last.reason) == ("add, silu", 6, "what it reads is float already")
+    text = Page(to_html(record)).text
+    for row in rows:
+        assert row["name"] in text
+
+
+def test_times_are_told_in_a_table_too() -> None:
+    samples = {"float": [4.0, 1.0, 2.0, 3.0, 5.0], "compressed": [0.5]}
+    found = spread(fixtures.record(latency={**BASE["latency"], "samples_ms": samples}))
+    assert found == [("float", ["1.00 ms", "2.00 ms", "3.00 ms", "4.00 ms", "5.00 ms"])]
+    assert "1.00 ms" in page(latency={**BASE["latency"], "samples_ms": samples}).text
+    assert spread(fixtures.record(latency=None)) == []
+
+
+def test_what_casts_doubt_stands_beside_the_verdict() -> None:
+    text = page(notes=["the float network only guesses"]).text
+    assert text.index("the float network only guesses") < text.index("Before and after", text.index("Origin"))
+    assert "Worth knowing" not in page(notes=[]).text
+
+
 def test_gates_are_in_the_words_of_the_table() -> None:
     gates = [
         {"name": "accuracy", "value": 0.00111, "limit": 0.005, "verdict": "holds"},
@@ -320,7 +350,11 @@ def test_gates_are_in_the_words_of_the_table() -> None:
     ]
     verdict = {**BASE["verdict"], "passed": False, "gates": gates}
     text = " ".join(page(verdict=verdict).text.split())
-    for words in ("0.11 points worse at most 0.50 points worse", "97 % at least 99 %", "other−0.25–"):
+    for words in (
+        "0.11 points worse (95 %: 0.08 better to 0.40 worse) at most 0.50 points worse",
+        "97 % at least 99 %",
+        "other−0.25–",
+    ):
         assert words.replace(" ", "") in text.replace(" ", ""), words
 
 

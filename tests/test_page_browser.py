@@ -39,9 +39,16 @@ const ask = (frame) => {{
     wide: all(".chart .main-svg").filter((c) => c.getBoundingClientRect().right > e.clientWidth + 1).length,
     requests: w.performance.getEntriesByType("resource").map((r) => r.name),
     boxes: boxes.length,
+    buttons: [...new Set(all(".modebar-btn").map((b) => b.dataset.title || b.getAttribute("aria-label")))],
     background: w.getComputedStyle(d.body).backgroundColor,
     stops: boxes.filter((b) => b.getAttribute("tabindex") === "0").length,
   }};
+  const folded = () => all("details").map((one) => one.open);
+  const before = folded();
+  w.dispatchEvent(new w.Event("beforeprint"));
+  found.paper = folded();
+  w.dispatchEvent(new w.Event("afterprint"));
+  found.folded = [before, folded()];
   if (boxes.length) {{
     boxes[0].focus();
     boxes[0].dispatchEvent(new w.KeyboardEvent("keydown", {{ key: "ArrowDown", bubbles: true }}));
@@ -122,12 +129,21 @@ def test_it_draws_fits_a_phone_and_obeys_the_keyboard(tmp_path: Path) -> None:
         render(fixtures.write(tmp_path / "null", **nothing_deployed())): 360,
         render(fixtures.write(tmp_path / "old", distributions=None, network=None, tried=None)): 360,
     }
-    (phone, desk, null, old), log = browse(tmp_path, reports, "--blink-settings=preferredColorScheme=1")
+    (phone, desk, null, old), log = browse(
+        tmp_path, reports, "--blink-settings=preferredColorScheme=1,primaryHoverType=2,availableHoverTypes=2"
+    )
     assert "CONSOLE" not in log
     for found in (phone, desk, null, old):
         assert found["charts"] == "drawn"
         assert found["overflow"] <= 0 and found["wide"] == 0
         assert found["requests"] == []
+        # none that sends the chart to a web service
+        assert set(found["buttons"]) <= {"Download plot as a PNG", "Reset axes"}
+        # paper shows what a click would
+        assert found["paper"] and all(found["paper"])
+        before, after = found["folded"]
+        assert before == after and not any(after)
+    assert desk["buttons"]
     for found in (phone, desk):
         assert found["sections"] == SECTIONS
         assert found["drawn"] == CHARTS

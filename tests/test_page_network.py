@@ -152,7 +152,7 @@ def test_precisions_have_colours_of_their_own() -> None:
     made = picture({"nodes": nodes, "edges": []})
     assert made is not None
     assert [(name, words, number) for name, words, number in made.legend] == [
-        ("int", "int8, int[-7,7]", 2), ("wide", "int16", 1), ("float", "float", 1), ("other", "indices and masks", 1),
+        ("int", "int8, int[-7,7]", 1), ("wide", "int16", 1), ("float", "float", 1), ("other", "indices and masks", 1),
     ]  # fmt: skip
     for shade in ("int", "wide", "float", "other"):
         assert f'class="box {shade}"' in made.drawing

@@ -39,7 +39,8 @@ def test_it_fits_and_says_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "0.11 points worse (95 %: between 0.08 better and 0.40 worse)",
         "2.76 MB 724 kB",
         "2.3× faster (2.2× to 2.4×)",
-        "✓ int8 on onnxruntime keeps top-1 within 0.41 points (95 % sure); file 0.26×, 2.3× faster at 1 thread.",
+        "✓ int8 on onnxruntime keeps top-1 within 0.41 points of the float network (95 % sure); "
+        "its file is 0.26× the size, and it runs 2.3× as fast on 1 thread.",
         "report out/report.html",
         "worst layer layer4.add (add, 27.7 dB)",
         "in float se.gelu: onnxruntime has no integer kernel for Gelu",

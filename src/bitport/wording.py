@@ -109,6 +109,15 @@ def plain(text: object, limit: int = 200) -> str:
     return out if len(out) <= limit else f"{out[: limit // 2]}…{out[-(limit - limit // 2 - 1) :]}"
 
 
+def tail(name: str, limit: int) -> str:
+    """The end of a dotted name, because it tells more than the beginning: as many of its last parts as fit."""
+    parts = name.split(".")
+    short = parts.pop()
+    while parts and len(parts[-1]) + 1 + len(short) <= limit:
+        short = f"{parts.pop()}.{short}"
+    return short if len(short) <= limit else f"{short[: limit // 2]}…{short[-(limit - limit // 2 - 1) :]}"
+
+
 def _escape(char: str) -> str:
     code = ord(char)
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -22,7 +22,8 @@ def test_a_result_that_holds() -> None:
     found = judge(record())
     assert found["passed"] is True
     assert found["sentence"] == (
-        "int8 on onnxruntime keeps top-1 within 0.41 points (95 % sure); file 0.26×, 2.3× faster at 1 thread."
+        "int8 on onnxruntime keeps top-1 within 0.41 points of the float network (95 % sure); "
+        "its file is 0.26× the size, and it runs 2.3× as fast on 1 thread."
     )
     assert found["gates"] == [{"name": "accuracy", "value": 0.00111, "limit": 0.005, "verdict": "holds"}]
     assert BASE["verdict"] == found
@@ -62,7 +63,7 @@ def test_no_limit_is_no_gate() -> None:
 
 def test_a_metric_that_is_no_share_has_no_points() -> None:
     found = judge(task(metric="nll", binary=False, drop=0.01, ci95=[0.0, 0.0213], higher_is_better=False))
-    assert "keeps nll within 0.0213 (95 % sure)" in found["sentence"]
+    assert "keeps nll within 0.0213 of the float network (95 % sure)" in found["sentence"]
 
 
 def test_without_evaluation_the_reason_is_said() -> None:
@@ -74,12 +75,12 @@ def test_without_evaluation_the_reason_is_said() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"verdict": "not faster", "speedup": 1.01}, "not faster than float (1.01× its speed) at 1 thread"),
+        ({"verdict": "not faster", "speedup": 1.01}, "not faster than float (1.01× its speed on 1 thread)"),
         (
             {"verdict": "slower", "speedup": 0.61, "threads": 4},
-            "slower than float (0.61× its speed) at 4 threads",
+            "slower than float (0.61× its speed on 4 threads)",
         ),
-        ({"speedup": None}, "speed not measured"),
+        ({"speedup": None}, "its speed was not measured"),
     ],
 )
 def test_speed_is_never_flattered(changes: dict[str, Any], words: str) -> None:

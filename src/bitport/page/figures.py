@@ -21,6 +21,17 @@ MOST_LAYERS = 1000
 """More operators are too many for one chart and for the 6 MB of the file: the worst ones are drawn."""
 
 
+_NO_STEPS: dict[str, Any] = {
+    "xref": "paper",
+    "yref": "y2 domain",
+    "x": 0.5,
+    "y": 0.5,
+    "text": "0 steps: every integer equal",
+    "showarrow": False,
+    "font": {"color": "var(--muted)"},
+}
+
+
 def figures(record: Record) -> dict[str, Figure]:
     """All charts that the record has data for, by the id of their place in the page."""
     made = {
@@ -165,13 +176,15 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Figure | None:
                 {
                     "x": worst[0],
                     "y": sqnr(worst[1]),
-                    "text": f"lowest: {_name(worst[1], 28)}",
+                    "text": f"lowest: {html.escape(wording.tail(wording.plain(worst[1].get('name'), 400), 24))}",
                     # towards the middle: what sticks out would stretch the axis
                     "xanchor": "right" if worst[0] > x[len(x) // 2] else "left",
                     "ax": 0,
                     "ay": 38,
                     "arrowcolor": "var(--muted)",
-                }
+                    "bgcolor": "var(--page)",
+                },
+                *([] if most or not measured else [_NO_STEPS]),
             ],
         },
     }

@@ -65,7 +65,8 @@ class Module:
 
 @dataclass(frozen=True)
 class Picture:
-    """`legend`: (shade, words, number of operators). `left_out`: modules that are not drawn by themselves."""
+    """`legend`: (shade, words, number of operators, not counting those that only move numbers where others work
+    alike). `left_out`: modules that are not drawn by themselves."""
 
     drawing: Markup
     legend: list[tuple[str, str, int]]
@@ -212,15 +213,18 @@ def _modules(whole: Sequence[Box], links: Links, groups: Sequence[Box]) -> tuple
 
 
 def _legend(nodes: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, int]]:
-    found = Counter((shade(node), str(node.get("precision"))) for node in nodes)
-    order = list(_SHADES)
+    found: dict[Shade, list[Mapping[str, Any]]] = {}
+    for node in nodes:
+        found.setdefault(shade(node), []).append(node)
     rows = []
     for name, words in _SHADES.items():
-        precisions = sorted({p for s, p in found if s == name})
-        if precisions and name != "io":
+        if name in found and name != "io":
+            precisions = sorted({str(node.get("precision")) for node in found[name]})
             shown = ", ".join(precisions) if name in ("int", "wide") else words
-            rows.append((name, wording.plain(shown, 60), sum(found[name, p] for p in precisions)))
-    return sorted(rows, key=lambda row: order.index(row[0]))  # type: ignore[arg-type]
+            # as the other sections count: a reshape between float operators is no work left in float
+            working = [node for node in found[name] if node.get("role") != "move"] or found[name]
+            rows.append((str(name), wording.plain(shown, 60), len(working)))
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -284,7 +288,7 @@ def _path(line: Sequence[tuple[float, int]]) -> str:
 def _box(box: Box, x: float, top: int, prefix: str) -> str:
     left = x - _WIDTH / 2
     name = box.name.removeprefix(prefix) or box.name
-    short = escape(box.label or _tail(wording.plain(name, 400)))
+    short = escape(box.label or wording.tail(wording.plain(name, 400), _LETTERS))
     kind = "group" if box.boxes else shade(box.head)
     words = escape(_words(box))
     lines = (13, 25) if box.boxes else (17, 31)
@@ -311,14 +315,19 @@ def _bar(box: Box, left: float, top: float) -> str:
 
 
 def _working(box: Box) -> list[Mapping[str, Any]]:
-    """What a module's bar counts: operators that compute, or all where none does."""
+    """What a module's bar and words count: operators that compute, or all where none does."""
     return [n for n in box.nodes if n.get("role") == "compute"] or box.nodes
+
+
+def _number(box: Box) -> str:
+    count = len(_working(box))
+    return f"{count} operator{'' if count == 1 else 's'}"
 
 
 def _what(box: Box) -> str:
     if box.boxes:
         floats = sum(shade(node) == "float" for node in _working(box))
-        return f"{len(box.nodes)} operators" + (f", {floats} in float" if floats else "")
+        return _number(box) + (f", {floats} in float" if floats else "")
     node = box.head
     if node.get("role") in ("input", "output"):
         return f"{node.get('op')}"
@@ -333,9 +342,7 @@ def _words(box: Box) -> str:
         floats = [n for n in _working(box) if shade(n) == "float"]
         listed = ", ".join(wording.plain(n.get("name"), 60) for n in floats[:3])
         more = f" and {len(floats) - 3} more" if len(floats) > 3 else ""
-        return f"{name}: {len(box.nodes)} operators; " + (
-            f"in float: {listed}{more}" if floats else "none in float"
-        )
+        return f"{name}: {_number(box)}; " + (f"in float: {listed}{more}" if floats else "none in float")
     return "; ".join(filter(None, (_fact(node) for node in box.nodes)))
 
 
@@ -369,16 +376,3 @@ def _prefix(names: Sequence[str]) -> str:
             break
         shared.append(level[0])
     return "".join(f"{part}." for part in shared)
-
-
-def _tail(name: str) -> str:
-    """The end of a long name tells more than its beginning: as many of its last parts as fit."""
-    parts = name.split(".")
-    short = parts.pop()
-    while parts and len(parts[-1]) + 1 + len(short) <= _LETTERS:
-        short = f"{parts.pop()}.{short}"
-    return (
-        short
-        if len(short) <= _LETTERS
-        else f"{short[: _LETTERS // 2]}…{short[-(_LETTERS - _LETTERS // 2 - 1) :]}"
-    )

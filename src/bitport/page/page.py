@@ -19,7 +19,7 @@ from ..proof.verdict import judge, metric_label, subject
 from .figures import drawn, figures
 from .network import picture
 from .ranges import ranges
-from .summary import Row, comparison, gates, islands, reason, section, sqnr
+from .summary import Row, comparison, gates, islands, reason, section, spread, sqnr
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MOST_ROWS = 500
@@ -101,6 +101,7 @@ def to_html(
         integer=section(record, "integer"),
         islands=islands(record),
         latency=section(record, "latency"),
+        spread=spread(record),
         size=section(record, "size"),
         memory=section(record, "memory"),
         optimizer=section(record, "optimizer"),
@@ -125,6 +126,7 @@ def to_html(
         style=_template("style.css"),
         charts=_template("charts.js"),
         boxes=_template("network.js"),
+        paper=_template("paper.js"),
     )
 
 
@@ -163,9 +165,9 @@ def _write(path: Path, page: str) -> Path:
     return path
 
 
-def _breakable(name: object) -> Markup:
-    """A name that lines may break after its dots and underscores."""
-    text = str(escape(wording.plain(name)))
+def _breakable(name: object, limit: int = 200) -> Markup:
+    """A name, or words with names in them, that lines may break after dots and underscores."""
+    text = str(escape(wording.plain(name, limit)))
     return Markup(text.replace(".", ".<wbr>").replace("_", "_<wbr>"))
 
 

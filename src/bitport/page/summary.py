@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,15 +150,18 @@ def _parity(record: Record) -> list[Row]:
 
 
 def gates(record: Record, verdict: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(gate, value, limit, verdict) of each gate, in the words of the table above it."""
-    binary = bool(section(record, "task").get("binary"))
+    """(gate, value, limit, verdict) of each gate, in the words of the table above it. What is held against the
+    limit of accuracy is the interval, so it stands there too."""
+    task = section(record, "task")
+    binary = bool(task.get("binary"))
     unit = "points " if binary else ""
     rows = []
     for gate in verdict.get("gates") or ():
         value, limit = gate.get("value"), gate.get("limit")
         if gate["name"] == "accuracy" and value is not None:
             allowed = wording.ABSENT if limit is None else f"at most {_loss(limit, binary, unit)}"
-            shown = (_loss(value, binary, unit), allowed)
+            low, high = (_loss(bound, binary) for bound in task["ci95"])
+            shown = (f"{_loss(value, binary, unit)} (95 %: {low} to {high})", allowed)
         elif gate["name"] == "runtime equals simulation":
             shown = (wording.percent(value), f"at least {wording.percent(limit)}")
         else:
@@ -169,9 +174,26 @@ def _signed(value: float | None) -> str:
     return wording.score(value, False).replace("-", "−")
 
 
+def spread(record: Record) -> list[tuple[str, list[str]]]:
+    """(network, [fastest, a quarter below, half, three quarters, slowest]) of the times that were measured."""
+    samples = section(record, "latency").get("samples_ms") or {}
+    rows = []
+    for name in ("float", "compressed"):
+        times = sorted(samples.get(name) or ())
+        if len(times) > 1:
+            marks = [times[0], *statistics.quantiles(times, n=4, method="inclusive"), times[-1]]
+            rows.append((name, [wording.milliseconds(mark) for mark in marks]))
+    return rows
+
+
+_FOLLOWS = re.compile(r"its operand .+ is float")
+"""The reason of an operator that is float because what feeds it is: each names another operand, and all are one."""
+_FOLLOWING = "what it reads is float already"
+
+
 @dataclass(frozen=True)
 class Islands:
-    """Operators of one kind that stay in float for one reason, in network order."""
+    """Operators that stay in float for one reason, in network order; `op` is their kind, or kinds."""
 
     op: str
     reason: str
@@ -180,15 +202,19 @@ class Islands:
 
 
 def islands(record: Record) -> list[Islands]:
-    """The float operators by kind and reason; those that cost the most work first, then the most frequent."""
+    """The float operators by kind and reason; those that cost the most work first, then the most frequent, and
+    last those that are float only because their operands are."""
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in section(record, "integer").get("float_ops") or ():
-        found.setdefault((str(row.get("op")), str(row.get("reason"))), []).append(row)
-    made = [
-        Islands(op, why, [str(row.get("name")) for row in rows], sum(row.get("macs") or 0 for row in rows))
-        for (op, why), rows in found.items()
-    ]
-    return sorted(made, key=lambda group: (-group.macs, -len(group.names)))
+        op, why = str(row.get("op")).removeprefix("other:"), str(row.get("reason"))
+        follows = _FOLLOWS.fullmatch(why) is not None
+        found.setdefault(("", _FOLLOWING) if follows else (op, why), []).append(row)
+    made = []
+    for (op, why), rows in found.items():
+        kinds = dict.fromkeys(str(row.get("op")).removeprefix("other:") for row in rows)
+        names = [str(row.get("name")) for row in rows]
+        made.append(Islands(op or ", ".join(kinds), why, names, sum(row.get("macs") or 0 for row in rows)))
+    return sorted(made, key=lambda group: (-group.macs, group.reason == _FOLLOWING, -len(group.names)))
 
 
 def worst_layers(record: Record, number: int = 1) -> Sequence[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from .. import wording
 from ..data import Source
 from ..graph import Graph
 
@@ -46,6 +47,6 @@ def of_task(task: Mapping[str, Any], graph: Graph) -> list[str]:
     if samples < ENOUGH_TO_TELL or found > chance + 2 * math.sqrt(chance * (1 - chance) / samples):
         return []
     return [
-        f"the float network itself is right on {found:.1%} of {samples} samples, no better than guessing among "
-        f"{classes} classes: check the preprocessing, the labels, and the order of the classes"
+        f"the float network itself is right on {wording.percent(found)} of {samples} samples, no better than "
+        f"guessing among {classes} classes: check the preprocessing, the labels, and the order of the classes"
     ]

@@ -53,7 +53,7 @@ def sentence(record: Record, gates: Sequence[Mapping[str, Any]]) -> str:
         head = "rejected: "
     elif open_ or accuracy == "undecided":
         head = "undecided: "
-    costs = ", ".join(part for part in (_size(record), _speed(record)) if part)
+    costs = ", and ".join(part for part in (_size(record), _speed(record)) if part)
     parts = [_accuracy(record), costs]
     if failed:
         parts.append(f"missed: {', '.join(failed)}")
@@ -87,7 +87,7 @@ def _accuracy(record: Record) -> str:
         return f"{wording.change(value, binary)}{' points' if binary else ''}"
 
     between = f"95 % interval {wording.change(low, binary)} to {wording.change(high, binary)}"
-    kept = f"{wording.bound(high, binary)}{' points' if binary else ''} (95 % sure)"
+    kept = f"{wording.bound(high, binary)}{' points' if binary else ''} of the float network (95 % sure)"
     if task.get("verdict") == "holds":
         return f"{subject(record)} keeps {label} within {kept}"
     lost = f"{'loses' if drop >= 0 else 'gains'} {amount(abs(drop))} of {label}"
@@ -105,20 +105,20 @@ def _accuracy(record: Record) -> str:
 
 def _size(record: Record) -> str:
     ratio = _section(record, "size").get("ratio")
-    return f"file {wording.times(ratio)}" if ratio is not None else ""
+    return f"its file is {wording.times(ratio)} the size" if ratio is not None else ""
 
 
 def _speed(record: Record) -> str:
     latency = _section(record, "latency")
     if latency.get("speedup") is None:
-        return "speed not measured"
-    at = f"at {wording.threads(latency.get('threads'))}"
+        return "its speed was not measured"
+    on = f"on {wording.threads(latency.get('threads'))}"
     speedup = wording.times(latency["speedup"])
     if latency.get("verdict") == "faster":
-        return f"{speedup} faster {at}"
+        return f"it runs {speedup} as fast {on}"
     if latency.get("verdict") == "slower":
-        return f"slower than float ({speedup} its speed) {at}"
-    return f"not faster than float ({speedup} its speed) {at}"
+        return f"it is slower than float ({speedup} its speed {on})"
+    return f"it is not faster than float ({speedup} its speed {on})"
 
 
 def _section(record: Record, name: str) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@
     zerolinecolor: css.getPropertyValue("--line").trim(),
     automargin: true,
     ...given,
-    title: { standoff: 8, ...(given.title || {}) },
+    title: { standoff: 8, font: { size: 13 }, ...(given.title || {}) },
   });
 
   const paint = (place, figure) => {
@@ -49,7 +49,8 @@
       responsive: true,
       displaylogo: false,
       displayModeBar: mouse.matches && !narrow.matches ? "hover" : false,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      // named one by one: among the defaults is one that uploads the chart to a web service
+      modeBarButtons: [["toImage", "resetScale2d"]],
     });
   };
 
@@ -80,7 +81,7 @@
         bargap: 0,
         showlegend: false,
         margin: { t: 26, r: 14, b: 46, l: 60 },
-        xaxis: { title: { text: title } },
+        xaxis: { title: { text: title }, exponentformat: "power" },
         yaxis: {
           type: "log", range: [Math.log10(0.6), Math.log10(most * 1.8)], title: { text: "values" },
           dtick: Math.max(1, Math.ceil(Math.log10(most) / 5)), exponentformat: "power",
