@@ -28,18 +28,25 @@ _EXACT_IN_FLOAT32 = 2**22
 
 
 def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int | None = None
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    low: int,
+    high: int,
+    axis: int | None = None,
+    dtype: torch.dtype = torch.int32,
 ) -> Tensor:
-    """`clamp(rne(x / scale) + zero_point, low, high)`, int32, shape of x.
+    """`clamp(rne(x / scale) + zero_point, low, high)`, integers, shape of x.
 
     Args:
         x: any shape, any float type; computed in float32. NaN gives the zero point, ±Inf the range's ends.
         scale, zero_point: float32 and int32, both 0-d or [C].
         low, high: the range of integers, both ends included.
         axis: the dimension of x that [C] runs along.
+        dtype: an integer type that holds low … high.
     """
     codes = _codes(x, scale, zero_point, low, high, axis)
-    return codes.clamp_(low, high).to(torch.int32)
+    return codes.clamp_(low, high).to(dtype)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None) -> Tensor:
@@ -112,10 +119,23 @@ def qparams(minimum: Tensor, maximum: Tensor, fmt: Format) -> tuple[Tensor, Tens
     largest = min(LARGEST_SCALE, _FLOAT32_MAX / (high - low) * (1 - 2.0**-23))
     scale = step.clamp(SMALLEST_SCALE, largest).float()
     scale = torch.where(step == 0, torch.ones_like(scale), scale)
+    return scale, zero_points(lower, step.clamp(min=SMALLEST_SCALE), fmt)
+
+
+def zero_points(minimum: Tensor, step: Tensor, fmt: Format) -> Tensor:
+    """`clamp(rne(low − minimum / step), low, high)` in float64, or the zero point that `symmetric` fixes.
+
+    Args:
+        minimum: the range's lower end, at most 0. step: the scale before it is rounded to float32, or after it was
+            rounded to a narrower type. Both of one shape.
+        fmt: an integer format.
+
+    Returns: int32, shape of `minimum`.
+    """
     if fmt.symmetric:
-        return scale, torch.full_like(scale, fmt.zero_point, dtype=torch.int32)
-    zero_point = torch.round(low - lower / step.clamp(min=SMALLEST_SCALE)).clamp(low, high)
-    return scale, zero_point.to(torch.int32)
+        return torch.full_like(minimum, fmt.zero_point, dtype=torch.int32)
+    codes = torch.round(fmt.low - minimum.double() / step.double())
+    return codes.clamp(fmt.low, fmt.high).to(torch.int32)
 
 
 def bias_qparams(scale_x: Tensor, scale_w: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,10 +218,10 @@ def raise_weight_scale_for_bias(
 def _codes(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int | None) -> Tensor:
     """`rne(x / scale) + zero_point` before the clamp, float32 or (wide ranges) float64; NaN → zero_point."""
     steps = (x.detach().float() / along(scale.detach().float(), x.ndim, axis)).round_()
-    steps = torch.nan_to_num(steps, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    steps.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
     if max(-low, high) > _EXACT_IN_FLOAT32:
         steps = steps.double()
-    return steps + along(zero_point, x.ndim, axis).to(steps.dtype)
+    return steps.add_(along(zero_point, x.ndim, axis).to(steps.dtype))
 
 
 def _short(values: Tensor) -> str:

@@ -106,8 +106,9 @@ def weight_ranges(w: Tensor, fmt: Format, spec: Spec) -> tuple[Tensor, Tensor]:
     """
     function, options = _resolve(spec)
     parts = _parts(w.detach().float(), fmt)
-    wrong = w.numel() - int(torch.isfinite(w).sum())
-    if wrong:
+    # The extremes show whether anything is wrong, without a second tensor; only then it is counted.
+    if w.numel() and not all(math.isfinite(float(end)) for end in torch.aminmax(w)):
+        wrong = w.numel() - int(torch.isfinite(w).sum())
         raise WeightsError(f"weights hold {wrong} NaN or infinite values: repair the float network first")
     exact = _WEIGHT_ESTIMATORS.get(function.__name__)
     lows, highs = [], []
