@@ -18,6 +18,7 @@ from tests import small
 from bitport import metrics, registry
 from bitport.cli import cli
 from bitport.data import Preprocessing
+from bitport.numerics import mappings, ranges
 from bitport.plan import TensorOptions
 from bitport.recipe import Recipe
 from bitport.recipe.model import Override
@@ -144,7 +145,7 @@ def test_recipes_page_tells_every_key() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["recipes.md", "why-did-my-accuracy-drop.md", "why-is-my-int8-not-faster.md"]
+    "page", ["ranges.md", "recipes.md", "why-did-my-accuracy-drop.md", "why-is-my-int8-not-faster.md"]
 )
 def test_recipes_that_are_shown_are_valid(page: str) -> None:
     found = [block for block in blocks(page) if block.language == "toml"]
@@ -156,6 +157,28 @@ def test_recipes_that_are_shown_are_valid(page: str) -> None:
 def test_metrics_page_tells_every_metric() -> None:
     text = (DOCS / "metrics-and-data.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(metrics.known())
+
+
+def test_ranges_page_tells_every_estimator_and_mapping() -> None:
+    text = (DOCS / "ranges.md").read_text(encoding="utf-8")
+    first = text[text.index("| `range =`") : text.index("## What each does")]
+    assert set(re.findall(r"^\| `(\w+)` \|", first, re.MULTILINE)) == set(ranges.known())
+    second = text[text.index("| mapping |") :]
+    made = {
+        name
+        for name, value in vars(mappings).items()
+        if getattr(value, "__module__", "") == mappings.__name__
+    }
+    public = {name for name in made if name[0] not in "_M"}
+    assert set(re.findall(r"^\| `(\w+)` \|", second, re.MULTILINE)) == public
+
+
+def test_ranges_page_code_runs() -> None:
+    found = [block.text for block in blocks("ranges.md") if block.language == "python"]
+    assert len(found) >= 10
+    scope: dict[str, Any] = {}
+    for text in found:
+        exec(compile(text, "ranges.md", "exec"), scope)
 
 
 def test_metrics_page_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

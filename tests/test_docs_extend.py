@@ -14,7 +14,7 @@ from tests.test_docs import Block, blocks
 import bitport
 from bitport import api, registry
 from bitport.formats import Format
-from bitport.numerics import ranges
+from bitport.numerics import estimators, ranges
 from bitport.recipe import Recipe
 from bitport.testing import check_target
 
@@ -75,23 +75,28 @@ def test_a_target_that_is_wrong_is_found_out(tmp_path: Path, monkeypatch: pytest
 
 def test_a_range_estimator(monkeypatch: pytest.MonkeyPatch) -> None:
     code, recipe = blocks("extend/range.md")
-    monkeypatch.setattr(ranges, "_ESTIMATORS", dict(ranges._ESTIMATORS))
-    exec(compile(code.text, "range.md", "exec"), vars(ranges).copy())
-    assert "n standard deviations" in ranges.known()["deviations"]
-    values = torch.randn(200_000, generator=torch.Generator().manual_seed(0)) + 0.5
+    for name in list(estimators.ESTIMATORS):
+        monkeypatch.setitem(estimators.ESTIMATORS, name, estimators.ESTIMATORS[name])
+    monkeypatch.setitem(estimators.ESTIMATORS, "magnitude", estimators.minmax)
+    exec(compile(code.text, "range.md", "exec"), vars(estimators).copy())
+    assert "n times the mean magnitude" in ranges.known()["magnitude"]
+    values = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).exp()
     histogram = ranges.Histogram()
     histogram.update(values)
     fmt = Format.parse("int8")
-    low, high = ranges.estimate(histogram, fmt, {"use": "deviations", "n": 2.0})
-    assert low == pytest.approx(0.5 - 2, abs=0.02) and high == pytest.approx(0.5 + 2, abs=0.02)
-    wide = ranges.estimate(histogram, fmt, {"use": "deviations", "n": 100})
+    low, high = ranges.estimate(histogram, fmt, {"use": "magnitude", "n": 2.0})
+    assert low == histogram.minimum and high == pytest.approx(2 * float(values.mean()), rel=0.02)
+    wide = ranges.estimate(histogram, fmt, {"use": "magnitude", "n": 1000})
     assert wide == (histogram.minimum, histogram.maximum)
-    ends = [ranges.estimate(histogram, fmt, spec) for spec in ("deviations", "minmax")]
-    errors = [ranges.expected_error(histogram, fmt, *end) for end in ends]
+    int2 = Format.parse("int2")
+    ends = [ranges.estimate(histogram, int2, spec) for spec in ("magnitude", "minmax")]
+    errors = [ranges.expected_error(histogram, int2, *end) for end in ends]
     assert errors[0] < errors[1]
+    rows = ranges.weight_ranges(values.reshape(2, -1), Format.parse("int8 channel(0)"), "magnitude")
+    assert float(rows[1][0]) == pytest.approx(4 * float(values[:100_000].mean()), rel=0.02)
     Recipe.parse(recipe.text)
     with pytest.raises(bitport.RecipeError, match="above 0"):
-        ranges.estimate(histogram, fmt, {"use": "deviations", "n": -1.0})
+        ranges.estimate(histogram, fmt, {"use": "magnitude", "n": -1.0})
 
 
 def test_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

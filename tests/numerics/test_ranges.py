@@ -15,6 +15,7 @@ from bitport.formats import Format
 from bitport.numerics.quantize import fake_quantize, qparams
 from bitport.numerics.ranges import (
     Histogram,
+    check,
     estimate,
     expected_error,
     known,
@@ -76,7 +77,7 @@ def test_mse_is_never_worse_than_minmax(drawn: tuple[str, int, float], fmt: Form
 @given(SAMPLES, FORMATS)
 def test_ranges_stay_within_the_values(drawn: tuple[str, int, float], fmt: Format) -> None:
     h = histogram(sample(*drawn))
-    for spec in known():
+    for spec in set(known()) - {"fixed"}:
         low, high = estimate(h, fmt, spec)
         assert min(h.minimum, 0.0) <= low <= high <= max(h.maximum, 0.0)
 
@@ -190,7 +191,7 @@ def test_one_sided_values_keep_their_zero_end() -> None:
     assert low < 0
 
 
-@pytest.mark.parametrize("spec", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("spec", ["minmax", "percentile", "mse", "moving_average", "mean_std", "entropy"])
 @pytest.mark.parametrize(
     "values", [[], [0.0], [5.0], [-5.0], [1e-42, 0.0], [math.nan], [3e38, -3e38], [1e30, 1.0]]
 )
@@ -207,14 +208,15 @@ def test_specs() -> None:
     h = histogram(torch.randn(5000))
     assert estimate(h, INT8, {"use": "percentile", "q": 99.0}) == percentile(h, INT8, q=99.0)
     assert estimate(h, INT8, "percentile") == percentile(h, INT8, q=99.99)
-    assert set(known()) == {"minmax", "percentile", "mse"}
+    names = {"minmax", "moving_average", "percentile", "mean_std", "mse", "entropy", "fixed"}
+    assert set(known()) == names
     assert all(summary.endswith(".") for summary in known().values())
 
 
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("entropy", UnknownName, "minmax, mse, percentile"),
+        ("gauss", UnknownName, "minmax, moving_average, mse, percentile"),
         ("percentil", UnknownName, "Did you mean 'percentile'"),
         ({"q": 99.9}, RecipeError, "names no estimator"),
         ({"use": "percentile", "p": 99.9}, RecipeError, "no option 'p': allowed are q"),
@@ -231,6 +233,8 @@ def test_bad_specs(spec: str, error: type[Exception], message: str) -> None:
         estimate(histogram(torch.ones(3)), INT8, spec)
     with pytest.raises(error, match=message):
         weight_ranges(torch.ones(3), INT8, spec)
+    with pytest.raises(error, match=message):
+        check(spec)
 
 
 def test_mse_needs_an_integer_format() -> None:
@@ -297,7 +301,7 @@ def test_mse_of_weights_agrees_with_the_histogram() -> None:
     assert float(exact) == pytest.approx(mse(histogram(w), fmt)[1], rel=0.05)
 
 
-@pytest.mark.parametrize("spec", ["minmax", "mse", "percentile"])
+@pytest.mark.parametrize("spec", ["minmax", "mse", "percentile", "moving_average", "entropy"])
 def test_degenerate_channels(spec: str) -> None:
     w = torch.zeros(6, 50)
     w[1] = 0.25
@@ -346,7 +350,7 @@ def test_percentile_of_weights_against_sorting() -> None:
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (3, 0, 2)])
 def test_empty_weights(shape: tuple[int, ...]) -> None:
     w = torch.empty(shape)
-    for spec in known():
+    for spec in set(known()) - {"fixed"}:
         low, high = weight_ranges(w, Format.parse("int8 channel(0)"), spec)
         assert low.shape == high.shape == (shape[0],)
         assert weight_ranges(w, INT8, spec)[0] == 0.0

@@ -12,6 +12,7 @@ import pytest
 from bitport import registry
 from bitport.errors import RecipeError
 from bitport.recipe import Recipe, StepSpec
+from bitport.recipe.check import check_tensor_options
 
 
 @dataclass(frozen=True)
@@ -105,3 +106,19 @@ def test_wrong_values_are_named(options: dict[str, Any], message: str) -> None:
 def test_a_step_without_options_class_is_named(name: str) -> None:
     with pytest.raises(RecipeError, match=f"step '{name}' has no Options dataclass"):
         Recipe((StepSpec(name),)).check()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"use": "fixed", "low": 0.0}, "lacks high"),
+        ({"use": "percentile", "q": 20}, "above 50"),
+        ({"use": "moving_average", "momentum": 2}, "below 1"),
+        ({"use": "mean_std", "k": 0}, "above 0"),
+        ("kl", "entropy"),
+    ],
+)
+def test_a_range_that_cannot_be_is_refused_with_the_recipe(spec: object, message: str) -> None:
+    for key in ("weights", "activations"):
+        with pytest.raises(RecipeError, match=rf"steps\[0\]\.{key}\.range.*{message}"):
+            check_tensor_options(key, {"range": spec}, f"steps[0].{key}")

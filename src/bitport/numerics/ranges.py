@@ -1,22 +1,17 @@
-"""Range estimators: from the distribution of a tensor to the real range [minimum, maximum] that is stored.
+"""Range estimation: from the distribution of a tensor to the real range [minimum, maximum] that is stored.
 
-    minmax        the exact extremes
-    percentile    the range that keeps q percent of the values
-    mse           argmin over the range of E[(x − dequantize(quantize(x)))²]
-                  (Nagel et al. 2021, "A White Paper on Neural Network Quantization", arXiv:2106.08295, 3.1)
-
-A new estimator is one function with `@_estimator` on a `Histogram`; `@_for_weights` adds an exact version for
-tensors where the distribution per channel is at hand.
+The estimators are functions in `estimators`, `search` and `entropy`; here they are looked up by the name that a
+recipe gives, and run on the histogram of an activation or on the values of a weight. docs/ranges.md says which to
+use when.
 
 Legend: C channels, K values per channel, G groups of a channel; R rows that get a range of their own, V values of
-a row; B histogram bins.
+a row.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,68 +19,79 @@ from torch import Tensor
 
 from bitport.errors import FormatError, RecipeError, UnknownName, WeightsError
 from bitport.formats import Format
+from bitport.numerics.entropy import entropy
+from bitport.numerics.estimators import (
+    ESTIMATORS,
+    WEIGHT_ESTIMATORS,
+    Estimator,
+    fixed,
+    mean_std,
+    minmax,
+    mirrored,
+    moving_average,
+    percentile,
+)
 from bitport.numerics.histogram import Histogram
-from bitport.numerics.quantize import qparams
+from bitport.numerics.search import expected_error, mse, search, squared_errors
 
 __all__ = [
     "Histogram",
     "Spec",
+    "check",
+    "choose_symmetry",
+    "choose_symmetry_of_weights",
+    "entropy",
     "estimate",
     "expected_error",
+    "fixed",
     "known",
+    "mean_std",
     "minmax",
+    "mirrored",
+    "moving_average",
     "mse",
     "percentile",
     "search",
     "weight_losses",
     "weight_ranges",
+    "weights_range",
 ]
 
 Spec = str | Mapping[str, Any]
-Estimator = Callable[..., tuple[float, float]]
-TensorEstimator = Callable[..., tuple[Tensor, Tensor]]
-# Maps the candidate ends of the range, [R] each, to the squared error of each row, [R].
-Errors = Callable[[Tensor, Tensor], Tensor]
-
-_ESTIMATORS: dict[str, Estimator] = {}
-_WEIGHT_ESTIMATORS: dict[str, TensorEstimator] = {}
-# Weights are searched in blocks of about this many elements, which stay in the processor's cache.
-_BLOCK = 2**18
-# A narrower range must gain at least this share of the error, so that rounding noise never narrows one.
-_GAIN = 1 - 1e-6
-
-
-def _estimator(function: Estimator) -> Estimator:
-    _ESTIMATORS[function.__name__] = function
-    return function
-
-
-def _for_weights(name: str) -> Callable[[TensorEstimator], TensorEstimator]:
-    def register(function: TensorEstimator) -> TensorEstimator:
-        _WEIGHT_ESTIMATORS[name] = function
-        return function
-
-    return register
+# Symmetric ranges need no zero point in the kernels: an asymmetric one must gain more than this share of the error.
+_TIE = 1.01
 
 
 def known() -> dict[str, str]:
     """The range estimators: name → one-line summary."""
-    return {name: (inspect.getdoc(f) or "").splitlines()[0] for name, f in sorted(_ESTIMATORS.items())}
+    return {name: (inspect.getdoc(f) or "").splitlines()[0] for name, f in sorted(ESTIMATORS.items())}
+
+
+def check(spec: Spec) -> None:
+    """Hold a spec's name and options against its estimator, on two values.
+
+    Raises:
+        UnknownName: no such estimator. RecipeError: an unknown or impossible option.
+    """
+    h = Histogram()
+    h.update(torch.tensor([-1.0, 1.0]))
+    estimate(h, Format.parse("int8"), spec)
 
 
 def estimate(h: Histogram, fmt: Format, spec: Spec) -> tuple[float, float]:
-    """The range to store for the values of a histogram; (0.0, 0.0) if it saw none.
+    """The range to store for the values of a histogram; (0.0, 0.0) if it saw none, except for `fixed`.
 
     Args:
         h: the values' histogram.
-        fmt: the integer format they are stored in.
+        fmt: the format they are stored in.
         spec: an estimator's name, or a table of its name and options: `{"use": "percentile", "q": 99.9}`.
 
     Raises:
         UnknownName: no such estimator. RecipeError: an unknown or impossible option.
     """
     function, options = _resolve(spec)
-    return function(h, fmt, **options) if h.counts.numel() else (0.0, 0.0)
+    seen = bool(h.counts.numel()) or function is fixed
+    return function(h, fmt, **options) if seen else (0.0, 0.0)
 
 
 def weight_ranges(w: Tensor, fmt: Format, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -110,11 +116,11 @@ def weight_ranges(w: Tensor, fmt: Format, spec: Spec) -> tuple[Tensor, Tensor]:
     if w.numel() and not all(math.isfinite(float(end)) for end in torch.aminmax(w)):
         wrong = w.numel() - int(torch.isfinite(w).sum())
         raise WeightsError(f"weights hold {wrong} NaN or infinite values: repair the float network first")
-    exact = _WEIGHT_ESTIMATORS.get(function.__name__)
+    exact = WEIGHT_ESTIMATORS.get(function.__name__)
     lows, highs = [], []
     for part in parts:
         w_RV = part.flatten(0, 1)
-        if w_RV.numel() == 0:
+        if w_RV.numel() == 0 and function is not fixed:
             low_R = high_R = torch.zeros(w_RV.shape[0], device=w.device)
         elif exact is not None:
             low_R, high_R = exact(w_RV, fmt, **options)
@@ -123,6 +129,31 @@ def weight_ranges(w: Tensor, fmt: Format, spec: Spec) -> tuple[Tensor, Tensor]:
         lows.append(low_R.reshape(part.shape[:2]))
         highs.append(high_R.reshape(part.shape[:2]))
     return _shaped(torch.cat(lows, 1), fmt), _shaped(torch.cat(highs, 1), fmt)
+
+
+def weights_range(tensors: Iterable[Tensor], fmt: Format, spec: Spec) -> tuple[Tensor, Tensor]:
+    """One range for the values of several weights, such as a granularity of "global" asks for.
+
+    Args:
+        tensors: any shapes and float types. They are read one by one, into one histogram.
+        fmt: as for `weight_ranges`; its granularity isn't looked at.
+        spec: as for `estimate`.
+
+    Returns: (minimum, maximum), float32, 0-d; (0, 0) if there are no values.
+
+    Raises:
+        UnknownName, RecipeError: as `estimate`. WeightsError: a weight holds NaN or infinite values.
+    """
+    h = Histogram()
+    for w in tensors:
+        h.update(w)
+    if h.nonfinite:
+        raise WeightsError(
+            f"weights hold {h.nonfinite} NaN or infinite values: repair the float network first"
+        )
+    # The weights have no order in time, so they are a single update.
+    low, high = torch.tensor(estimate(h.as_one_update(), fmt, spec), dtype=torch.float32).unbind()
+    return low, high
 
 
 def weight_losses(w: Tensor, fmt: Format, low: Tensor, high: Tensor, scale: Tensor) -> tuple[int, int, int]:
@@ -159,225 +190,55 @@ def weight_losses(w: Tensor, fmt: Format, low: Tensor, high: Tensor, scale: Tens
     return clipped, worst[1], worst[2]
 
 
-# ---------------------------------------------------------------- the estimators
+def choose_symmetry(h: Histogram, fmt: Format, spec: Spec) -> Format:
+    """`fmt`, symmetric or not, whichever stores a histogram's values with the smaller expected error.
 
+    Each of the two gets its own range by `spec`. Symmetric is preferred unless asymmetric gains more than 1 %.
 
-@_estimator
-def minmax(h: Histogram, fmt: Format) -> tuple[float, float]:
-    """The exact smallest and largest value."""
-    return h.minimum, h.maximum
-
-
-@_estimator
-def percentile(h: Histogram, fmt: Format, *, q: float = 99.99) -> tuple[float, float]:
-    """The range that keeps q percent of the values.
-
-    A format without a zero point to choose cuts the largest magnitudes. Otherwise half of the rest is cut at
-    each end, or all of it at the far end where the values have one sign. Inside a bin the values are taken as
-    spread evenly.
-
-    Args:
-        q: 50 < q ≤ 100; 100 is `minmax`.
+    Args: as `estimate`. A format of another kind than "int" has no zero point to choose and comes back unchanged.
 
     Raises:
-        RecipeError: q is outside its range.
+        UnknownName, RecipeError: as `estimate`.
     """
-    outside = _outside(q)
-    if outside == 0.0:
-        return h.minimum, h.maximum
-    edges, counts = h.edges(), h.counts.double()
-    if mirrored(fmt):
-        negative = int((edges[:-1] < 0).sum())
-        below, above = counts[:negative].flip(0), counts[negative:]
-        sides = max(below.numel(), above.numel())
-        folded = torch.zeros(sides, dtype=torch.float64)
-        folded[: below.numel()] += below
-        folded[: above.numel()] += above
-        reach = max(-h.minimum, h.maximum)
-        folded_edges = (torch.arange(sides + 1, dtype=torch.float64) * 2.0**h.exponent).clamp(max=reach)
-        # Interpolation may end below the smallest magnitude where all values share the bin.
-        bound = max(_quantile(folded_edges, folded, 1 - outside), h.minimum, -h.maximum)
-        return max(h.minimum, -bound), min(h.maximum, bound)
-    if h.minimum >= 0:
-        return h.minimum, max(h.minimum, _quantile(edges, counts, 1 - outside))
-    if h.maximum <= 0:
-        return min(h.maximum, -_quantile(-edges.flip(0), counts.flip(0), 1 - outside)), h.maximum
-    return (
-        max(h.minimum, -_quantile(-edges.flip(0), counts.flip(0), 1 - outside / 2)),
-        min(h.maximum, _quantile(edges, counts, 1 - outside / 2)),
-    )
+
+    def error(candidate: Format) -> float:
+        return expected_error(h, candidate, *estimate(h, candidate, spec))
+
+    return _choose(fmt, error)
 
 
-@_estimator
-def mse(h: Histogram, fmt: Format) -> tuple[float, float]:
-    """The range with the smallest expected squared quantization error.
+def choose_symmetry_of_weights(w: Tensor, fmt: Format, spec: Spec) -> Format:
+    """As `choose_symmetry`, by the measured squared error of a whole weight.
 
-    Found by the grid search of `search`, which starts from `minmax` and is never worse than it.
+    Args: as `weight_ranges`.
 
     Raises:
-        FormatError: `fmt` is a float format.
+        UnknownName, RecipeError, FormatError, WeightsError: as `weight_ranges`.
     """
-    low, high = torch.tensor([[h.minimum], [h.maximum]], dtype=torch.float64)
-    edges, counts = h.edges(), h.counts.double()
-    low, high = search(lambda a, b: _histogram_error(edges, counts, a, b, fmt), low, high, fmt.symmetric)
-    return float(low), float(high)
+
+    def error(candidate: Format) -> float:
+        low, high = weight_ranges(w, candidate, spec)
+        parts, total, first = _parts(w.detach().float(), candidate), 0.0, 0
+        low, high = low.reshape(parts[0].shape[0], -1), high.reshape(parts[0].shape[0], -1)
+        for part in parts:
+            groups = slice(first, first + part.shape[1])
+            first += part.shape[1]
+            ends = low[:, groups].reshape(-1), high[:, groups].reshape(-1)
+            total += float(squared_errors(part.flatten(0, 1), *ends, candidate).sum())
+        return total
+
+    return _choose(fmt, error)
 
 
-def expected_error(h: Histogram, fmt: Format, minimum: float, maximum: float) -> float:
-    """E[(x − dequantize(quantize(x)))²] of a histogram's values stored with a range; the measure of `mse`.
-
-    The values of a bin are taken as spread evenly over it, exact zeros too: after a ReLU they add a constant
-    of up to (bin width)²/3.
-    """
-    low, high = torch.tensor([[minimum], [maximum]], dtype=torch.float64)
-    total = float(_histogram_error(h.edges(), h.counts.double(), low, high, fmt))
-    return total / max(h.count, 1)
-
-
-@_for_weights("minmax")
-def _minmax_of_weights(w_RV: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    return w_RV.amin(1), w_RV.amax(1)
-
-
-@_for_weights("percentile")
-def _percentile_of_weights(w_RV: Tensor, fmt: Format, *, q: float = 99.99) -> tuple[Tensor, Tensor]:
-    """As `percentile`, with the smallest value below or at which enough values lie."""
-    outside, size = _outside(q), w_RV.shape[1]
-    low, high = w_RV.amin(1), w_RV.amax(1)
-
-    def rank(share: float) -> int:
-        return max(0, math.ceil(share * size - 1e-9) - 1)
-
-    if mirrored(fmt):
-        bound = w_RV.abs().sort(1).values[:, rank(1 - outside)]
-        return low.maximum(-bound), high.minimum(bound)
-    ordered = w_RV.sort(1).values
-    one, half = rank(1 - outside), rank(1 - outside / 2)
-    upper = torch.where(low >= 0, ordered[:, one], torch.where(high <= 0, high, ordered[:, half]))
-    lower = torch.where(
-        high <= 0, ordered[:, size - 1 - one], torch.where(low >= 0, low, ordered[:, size - 1 - half])
-    )
-    return lower, upper
-
-
-@_for_weights("mse")
-def _mse_of_weights(w_RV: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    lows, highs = [], []
-    for part in torch.split(w_RV, max(1, _BLOCK // w_RV.shape[1])):
-        low, high = part.amin(1), part.amax(1)
-        # Errors relative to the largest weight: their squares can't overflow.
-        size = torch.maximum(-low, high).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-
-        def errors(low: Tensor, high: Tensor, part: Tensor = part, size: Tensor = size) -> Tensor:
-            scale, zero_point = (p[:, None] for p in qparams(low, high, fmt))
-            offset = zero_point.float()
-            codes = (part / scale).round_().add_(offset).clamp_(fmt.low, fmt.high).sub_(offset)
-            return codes.mul_(scale).sub_(part).div_(size).square_().sum(1, dtype=torch.float64)
-
-        low, high = search(errors, low, high, fmt.symmetric)
-        lows.append(low)
-        highs.append(high)
-    return torch.cat(lows), torch.cat(highs)
-
-
-# ---------------------------------------------------------------- how they are found
-
-
-def search(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The ends [R] of the range with the smallest error per row, by a grid search over shrink factors.
-
-    The extremes, widened to include 0, are multiplied by factors ≤ 1 from a ladder: linear down to ½, then
-    2^-½ a step down to 2^-10. First both by the same one; then, unless the format is symmetric or the values
-    have one sign, each end by its own; then the grid is refined around the best in steps of 2^¼ to 2^1/128.
-    An end at 0 stays there. Every range is compared by `errors`, the full one among them, and the best is
-    kept; a row's result depends on no other row.
-
-    Args:
-        errors: maps candidate ends, [R] each, to the error of each row, [R]; any measure that is to be small.
-        low, high: the extremes of the values, [R].
-        symmetric: whether both ends are cut at one magnitude.
-    """
-    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    reach = torch.maximum(-low, high)
-    everywhere = torch.ones_like(low, dtype=torch.bool)
-    two_ends = (low < 0) & (high > 0) & (not symmetric)
-
-    def ends(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        if symmetric:
-            return low.maximum(-reach * b), high.minimum(reach * b)
-        return low * a, high * b
-
-    one = torch.ones_like(low)
-    best_a, best_b, best = one, one, errors(low, high)
-
-    def attempt(a: Tensor, b: Tensor, where: Tensor) -> None:
-        nonlocal best_a, best_b, best
-        a, b = a.clamp(max=1.0), b.clamp(max=1.0)
-        found = errors(*ends(a, b))
-        better = (found < best * _GAIN) & where
-        best_a, best_b = torch.where(better, a, best_a), torch.where(better, b, best_b)
-        best = torch.where(better, found, best)
-
-    octaves = [2.0 ** (-1 - step / 2) for step in range(1, 19)]
-    for factor in [1 - step / 64 for step in range(1, 33)] + octaves:
-        attempt(one * factor, one * factor, everywhere)
-    alone = [1 - step / 32 for step in range(17)] + octaves
-    if bool(two_ends.any()):
-        for factor in alone:
-            attempt(one * factor, best_b, two_ends)
-        for factor in alone:
-            attempt(best_a, one * factor, two_ends)
-        for factor in alone:
-            attempt(one * factor, best_b, two_ends)
-    for octave in (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128):
-        step = 2.0**octave
-        for factor in (step, 1 / step):
-            attempt(best_a * factor, best_b * factor, everywhere)
-            if bool(two_ends.any()):
-                attempt(best_a * factor, best_b, two_ends)
-                attempt(best_a, best_b * factor, two_ends)
-    return ends(best_a, best_b)
-
-
-def _histogram_error(edges: Tensor, counts: Tensor, low: Tensor, high: Tensor, fmt: Format) -> Tensor:
-    """The summed squared error, float64 [1], of a histogram's values stored with the range [low, high].
-
-    In units of the scale, with n(t) = clamp(rne(t)) the code next to t, ∫(t − n(t))² dt from 0 is
-    n/12 + (t − n)³/3: each whole cell adds 1/12. The error of a bin is the integral's mean over the bin.
-    """
-    scale, zero_point = qparams(low, high, fmt)
-    offset = zero_point.double()
-    t = edges / scale.double()
-    nearest = t.round().clamp(fmt.low - offset, fmt.high - offset)
-    integral = nearest / 12 + (t - nearest) ** 3 / 3
-    width = t.diff()
-    # The integrals' difference cancels in a very narrow bin, which is a single point for all purposes.
-    narrow = width < 1e-6
-    mean = torch.where(narrow, (t - nearest)[1:] ** 2, integral.diff() / torch.where(narrow, 1.0, width))
-    return (mean @ counts * scale.double() ** 2).reshape(1)
-
-
-def mirrored(fmt: Format) -> bool:
-    """Whether a range serves by its magnitude only: symmetric integers, and all that has no zero point."""
-    return fmt.symmetric or not fmt.is_int
-
-
-def _quantile(edges: Tensor, counts: Tensor, share: float) -> float:
-    """The value below which `share` of the counts lie, interpolated inside its bin."""
-    total = counts.cumsum(0)
-    wanted = share * float(total[-1])
-    index = min(int(torch.searchsorted(total, wanted)), counts.numel() - 1)
-    before = float(total[index] - counts[index])
-    inside = (wanted - before) / float(counts[index]) if counts[index] > 0 else 1.0
-    left, right = float(edges[index]), float(edges[index + 1])
-    return left + (right - left) * min(max(inside, 0.0), 1.0)
-
-
-def _outside(q: float) -> float:
-    """The share of values that `percentile` cuts."""
-    if isinstance(q, bool) or not isinstance(q, int | float) or not 50 < q <= 100:
-        raise RecipeError(f"range 'percentile' has q = {q!r}: give a number above 50 and up to 100")
-    return 1 - q / 100
+def _choose(fmt: Format, error: Callable[[Format], float]) -> Format:
+    if not fmt.is_int:
+        return fmt
+    free = fmt.with_(symmetric=False)
+    try:
+        fixed_zero = fmt.with_(symmetric=True)
+    except FormatError:  # codes on one side of its zero point only
+        return free
+    return fixed_zero if error(fixed_zero) <= _TIE * error(free) else free
 
 
 def _parts(w: Tensor, fmt: Format) -> list[Tensor]:
@@ -429,11 +290,11 @@ def _resolve(spec: Spec) -> tuple[Estimator, dict[str, Any]]:
     name = table.pop("use", None)
     if not isinstance(name, str):
         raise RecipeError(f'range {spec!r} names no estimator: write {{use = "percentile", q = 99.9}}')
-    if name not in _ESTIMATORS:
-        raise UnknownName("range", name, _ESTIMATORS)
+    if name not in ESTIMATORS:
+        raise UnknownName("range", name, ESTIMATORS)
     allowed = [
         option.name
-        for option in inspect.signature(_ESTIMATORS[name]).parameters.values()
+        for option in inspect.signature(ESTIMATORS[name]).parameters.values()
         if option.kind is inspect.Parameter.KEYWORD_ONLY
     ]
     for option in table:
@@ -441,4 +302,4 @@ def _resolve(spec: Spec) -> tuple[Estimator, dict[str, Any]]:
             raise RecipeError(
                 f"range {name!r} has no option {option!r}: allowed are {', '.join(allowed) or 'none'}"
             )
-    return _ESTIMATORS[name], table
+    return ESTIMATORS[name], table

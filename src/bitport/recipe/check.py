@@ -45,7 +45,7 @@ def check_tensor_options(key: str, table: Mapping[str, Any], path: str) -> None:
     Raises RecipeError naming the key and what is allowed.
     """
     from bitport.formats import Format
-    from bitport.numerics.ranges import Histogram, estimate
+    from bitport.numerics import ranges
     from bitport.plan import TensorOptions
 
     _check_fields(table, TensorOptions, path, without=() if key == "weights" else ("granularity",))
@@ -57,7 +57,7 @@ def check_tensor_options(key: str, table: Mapping[str, Any], path: str) -> None:
     except BitportError as error:
         raise RecipeError(f"{path}.format: {error}") from error
     try:
-        estimate(Histogram(), Format.parse("int8"), table.get("range", "minmax"))
+        ranges.check(table.get("range", "minmax"))
     except BitportError as error:
         raise RecipeError(f"{path}.range: {error}") from error
 

@@ -14,7 +14,7 @@ from ..errors import DataError
 from ..graph import Graph
 from ..graph.reading import constant_names
 from ..numerics.quantize import qparams, raise_weight_scale_for_bias
-from ..numerics.ranges import Histogram, estimate
+from ..numerics.ranges import Histogram, choose_symmetry, estimate
 from ..plan import Plan, TensorPlan
 from ..plan.constants import settle
 from ._base import Context
@@ -32,30 +32,43 @@ class Options:
 def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[Graph, Plan]:
     """Observe every measured tie, choose its range, settle what follows from it.
 
+    Where the plan leaves it open (`choose`), a tie becomes symmetric or not, whichever errs less.
+
     Raises DataError when activations are mostly NaN or infinite.
     """
     histograms = observe(graph, plan, context, options.batches)
     changed: dict[str, TensorPlan] = {}
+    chosen: Counter[bool] = Counter()
     for name, tie in plan.measured().items():
-        histogram = histograms[name]
-        minimum, maximum = estimate(histogram, tie.format, tie.range)
+        histogram, fmt = histograms[name], tie.format
+        if getattr(tie, "choose", False):
+            fmt = choose_symmetry(histogram, fmt, tie.range)
+            chosen[fmt.symmetric] += 1
+        minimum, maximum = estimate(histogram, fmt, tie.range)
         scale, zero_point = qparams(
-            torch.tensor(minimum, dtype=torch.float64), torch.tensor(maximum, dtype=torch.float64), tie.format
+            torch.tensor(minimum, dtype=torch.float64), torch.tensor(maximum, dtype=torch.float64), fmt
         )
-        changed[name] = replace(tie, scale=scale, zero_point=zero_point)
+        changed[name] = replace(tie, format=fmt, scale=scale, zero_point=zero_point)
     estimators = Counter(
         str(tie.range if isinstance(tie.range, str) else dict(tie.range)) for tie in changed.values()
     )
     for name, number in sorted(estimators.items()):
         reason = f"{number} tensors by {name}, on {context.calibration.role} data"
         context.tried.append({"what": "ranges of activations", "outcome": "measured", "reason": reason})
+    if chosen:
+        reason = f"{chosen[True]} tensors symmetric, {chosen[False]} asymmetric, each by its expected error"
+        context.tried.append({"what": "symmetric ranges", "outcome": "measured", "reason": reason})
     plan = _room_for_biases(graph, settle(plan.with_ties(changed)), context)
     return graph, settle(plan)
 
 
 def observe(graph: Graph, plan: Plan, context: Context, batches: int | None = None) -> dict[str, Histogram]:
-    """Histogram of every measured tie over the calibration data (constants of a tie included)."""
+    """Histogram of every measured tie over the calibration data (constants of a tie included).
+
+    Each batch is one update of it, whose extremes include those of the constants, as they meet in every batch.
+    """
     histograms = {name: Histogram() for name in plan.measured()}
+    fixed: dict[str, Histogram] = {}  # the constants of ties, counted once
     of_batch: dict[str, Histogram] = {}
     spoilt: list[str] = []  # of one batch: where NaN was seen, in network order
     constants = constant_names(graph)
@@ -63,7 +76,7 @@ def observe(graph: Graph, plan: Plan, context: Context, batches: int | None = No
     for name, tie in plan.measured().items():
         for member in tie.members:
             if member in constants:
-                histograms[name].update(graph.tensor(member).detach())
+                fixed.setdefault(name, Histogram()).update(graph.tensor(member).detach())
             else:
                 tie_of.setdefault(member, []).append(name)
 
@@ -91,9 +104,15 @@ def observe(graph: Graph, plan: Plan, context: Context, batches: int | None = No
                 dropped.append((read, spoilt[0]))
             else:
                 for name, histogram in of_batch.items():
-                    histograms[name] = histograms[name].merge(histogram)
+                    always = fixed.get(name, Histogram())
+                    if not histograms[name].updates:
+                        histogram = histogram.merge(always)
+                    histograms[name] = histograms[name].merge(histogram.as_one_update(always))
             read += 1
             task.advance(1)
+    for name, histogram in fixed.items():
+        if not histograms[name].updates:
+            histograms[name] = histograms[name].merge(histogram)
     _tell_dropped(dropped, read, context)
     for name, histogram in histograms.items():
         bad, seen = histogram.nonfinite, histogram.count + histogram.nonfinite

@@ -1,0 +1,161 @@
+"""The range with the smallest squared quantization error, by trying ranges out.
+
+    argmin over the range of E[(x − dequantize(quantize(x)))²]
+    (Nagel et al. 2021, "A White Paper on Neural Network Quantization", arXiv:2106.08295, 3.1)
+
+Legend: R rows that get a range of their own, V values of a row; B histogram bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bitport.formats import Format
+from bitport.numerics.estimators import estimator, for_weights
+from bitport.numerics.histogram import Histogram
+from bitport.numerics.quantize import qparams
+
+# Maps the candidate ends of the range, [R] each, to the error of each row, [R].
+Errors = Callable[[Tensor, Tensor], Tensor]
+
+# Weights are searched in blocks of about this many elements, which stay in the processor's cache.
+_BLOCK = 2**18
+# A narrower range must gain at least this share of the error, so that rounding noise never narrows one.
+_GAIN = 1 - 1e-6
+
+
+@estimator
+def mse(h: Histogram, fmt: Format) -> tuple[float, float]:
+    """The range with the smallest expected squared quantization error.
+
+    Found by the grid search of `search`, which starts from `minmax` and is never worse than it.
+
+    Raises:
+        FormatError: `fmt` is a float format.
+    """
+    low, high = torch.tensor([[h.minimum], [h.maximum]], dtype=torch.float64)
+    edges, counts = h.edges(), h.counts.double()
+    low, high = search(lambda a, b: _histogram_error(edges, counts, a, b, fmt), low, high, fmt.symmetric)
+    return float(low), float(high)
+
+
+@for_weights("mse")
+def _mse_of_weights(w_RV: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    lows, highs = [], []
+    for part in torch.split(w_RV, max(1, _BLOCK // w_RV.shape[1])):
+        low, high = part.amin(1), part.amax(1)
+        # Errors relative to the largest weight: their squares can't overflow.
+        size = torch.maximum(-low, high).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+
+        def errors(low: Tensor, high: Tensor, part: Tensor = part, size: Tensor = size) -> Tensor:
+            return _differences(part, low, high, fmt).div_(size).square_().sum(1, dtype=torch.float64)
+
+        low, high = search(errors, low, high, fmt.symmetric)
+        lows.append(low)
+        highs.append(high)
+    return torch.cat(lows), torch.cat(highs)
+
+
+def squared_errors(w_RV: Tensor, low: Tensor, high: Tensor, fmt: Format) -> Tensor:
+    """Σ (w − dequantize(quantize(w)))² of each row stored with its range; float64 [R].
+
+    Args:
+        w_RV: float32. low, high: [R]. fmt: an integer format.
+    """
+    return _differences(w_RV, low, high, fmt).double().square_().sum(1)
+
+
+def _differences(w_RV: Tensor, low: Tensor, high: Tensor, fmt: Format) -> Tensor:
+    """dequantize(quantize(w)) − w, float32 [R, V]; a NaN can't come in, so that the plain formula does."""
+    scale, zero_point = (p[:, None] for p in qparams(low, high, fmt))
+    offset = zero_point.float()
+    codes = (w_RV / scale).round_().add_(offset).clamp_(fmt.low, fmt.high).sub_(offset)
+    return codes.mul_(scale).sub_(w_RV)
+
+
+def expected_error(h: Histogram, fmt: Format, minimum: float, maximum: float) -> float:
+    """E[(x − dequantize(quantize(x)))²] of a histogram's values stored with a range; the measure of `mse`.
+
+    The values of a bin are taken as spread evenly over it, exact zeros too: after a ReLU they add a constant
+    of up to (bin width)²/3.
+    """
+    low, high = torch.tensor([[minimum], [maximum]], dtype=torch.float64)
+    total = float(_histogram_error(h.edges(), h.counts.double(), low, high, fmt))
+    return total / max(h.count, 1)
+
+
+def search(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The ends [R] of the range with the smallest error per row, by a grid search over shrink factors.
+
+    The extremes, widened to include 0, are multiplied by factors ≤ 1 from a ladder: linear down to ½, then
+    2^-½ a step down to 2^-10. First both by the same one; then, unless the format is symmetric or the values
+    have one sign, each end by its own; then the grid is refined around the best in steps of 2^¼ to 2^1/128.
+    An end at 0 stays there. Every range is compared by `errors`, the full one among them, and the best is
+    kept; a row's result depends on no other row.
+
+    Args:
+        errors: maps candidate ends, [R] each, to the error of each row, [R]; any measure that is to be small.
+        low, high: the extremes of the values, [R].
+        symmetric: whether both ends are cut at one magnitude.
+    """
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    reach = torch.maximum(-low, high)
+    everywhere = torch.ones_like(low, dtype=torch.bool)
+    two_ends = (low < 0) & (high > 0) & (not symmetric)
+
+    def ends(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        if symmetric:
+            return low.maximum(-reach * b), high.minimum(reach * b)
+        return low * a, high * b
+
+    one = torch.ones_like(low)
+    best_a, best_b, best = one, one, errors(low, high)
+
+    def attempt(a: Tensor, b: Tensor, where: Tensor) -> None:
+        nonlocal best_a, best_b, best
+        a, b = a.clamp(max=1.0), b.clamp(max=1.0)
+        found = errors(*ends(a, b))
+        better = (found < best * _GAIN) & where
+        best_a, best_b = torch.where(better, a, best_a), torch.where(better, b, best_b)
+        best = torch.where(better, found, best)
+
+    octaves = [2.0 ** (-1 - step / 2) for step in range(1, 19)]
+    for factor in [1 - step / 64 for step in range(1, 33)] + octaves:
+        attempt(one * factor, one * factor, everywhere)
+    alone = [1 - step / 32 for step in range(17)] + octaves
+    if bool(two_ends.any()):
+        for factor in alone:
+            attempt(one * factor, best_b, two_ends)
+        for factor in alone:
+            attempt(best_a, one * factor, two_ends)
+        for factor in alone:
+            attempt(one * factor, best_b, two_ends)
+    for octave in (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128):
+        step = 2.0**octave
+        for factor in (step, 1 / step):
+            attempt(best_a * factor, best_b * factor, everywhere)
+            if bool(two_ends.any()):
+                attempt(best_a * factor, best_b, two_ends)
+                attempt(best_a, best_b * factor, two_ends)
+    return ends(best_a, best_b)
+
+
+def _histogram_error(edges: Tensor, counts: Tensor, low: Tensor, high: Tensor, fmt: Format) -> Tensor:
+    """The summed squared error, float64 [1], of a histogram's values stored with the range [low, high].
+
+    In units of the scale, with n(t) = clamp(rne(t)) the code next to t, ∫(t − n(t))² dt from 0 is
+    n/12 + (t − n)³/3: each whole cell adds 1/12. The error of a bin is the integral's mean over the bin.
+    """
+    scale, zero_point = qparams(low, high, fmt)
+    offset = zero_point.double()
+    t = edges / scale.double()
+    nearest = t.round().clamp(fmt.low - offset, fmt.high - offset)
+    integral = nearest / 12 + (t - nearest) ** 3 / 3
+    width = t.diff()
+    # The integrals' difference cancels in a very narrow bin, which is a single point for all purposes.
+    narrow = width < 1e-6
+    mean = torch.where(narrow, (t - nearest)[1:] ** 2, integral.diff() / torch.where(narrow, 1.0, width))
+    return (mean @ counts * scale.double() ** 2).reshape(1)
