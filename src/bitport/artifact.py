@@ -7,6 +7,7 @@ recipe.toml           the explicit steps that made it
 reference/            the original network through the same exporter (model file and graph.pt2)
 sample.npz            golden inputs and outputs of the deployed file
 measurements.json     the proof; report.html renders it
+weights.safetensors   weights at their true width, where the model file can't hold it
 manifest.json         SHA-256 of every file, versions, seed, digests, inputs and outputs
 """
 
@@ -20,24 +21,29 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from . import records, registry, store
 from .data import Batch
 from .data.batch import check_inputs, to_flat
-from .errors import ArtifactError, GraphError
+from .errors import ArtifactError, GraphError, first_line
 from .graph import Graph
 from .graph.archive import load_pt2, save_pt2
 from .graph.graph import InputSpec
 from .graph.simplify import simplify
 from .plan import Plan
+from .plan.constants import Coded
 from .plan.lower import BYTE
+from .plan.packed import packed_weights, unpacked_weight
 from .proof.measure import REFERENCE, Subject
 from .recipe import Recipe
 from .records import Measurement
 from .targets._base import Session, Target
 
 GRAPH, PLAN, RECIPE, SAMPLE = "graph.pt2", "plan.json", "recipe.toml", "sample.npz"
+WEIGHTS = "weights.safetensors"
 MEASUREMENTS, REPORT = "measurements.json", "report.html"
 MANIFEST = store.MANIFEST
 SAMPLES = 16  # golden pairs kept
@@ -92,6 +98,22 @@ class Artifact:
     def original(self) -> Graph:
         """The float network as it was loaded."""
         return load_pt2(self.path / REFERENCE / GRAPH)
+
+    def weights(self) -> dict[str, Coded]:
+        """The packed weights beside the model file, by tie; empty where the model file holds them itself.
+
+        Raises ArtifactError for a file that is malformed.
+        """
+        path = self.path / WEIGHTS
+        if not path.exists():
+            return {}
+        try:
+            with safe_open(path, "pt") as file:
+                notes = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{WEIGHTS} can't be read ({first_line(error)}): make it again") from error
+        return {key: unpacked_weight(tensors, notes, key) for key in notes if key != "schema"}
 
     @cached_property
     def target(self) -> Target:
@@ -159,6 +181,10 @@ def write(folder: Path, graph: Graph, original: Graph, plan: Plan, recipe: Recip
     except GraphError as error:
         raise ArtifactError(f"the network can't be written: {error}") from error
     records.dump(folder / PLAN, plan.to_record())
+    widths = target.rules().widths
+    if any(tie.source == "weight" and tie.format.bits not in widths for tie in plan.ties.values()):
+        tensors, notes = packed_weights(graph, plan)
+        (folder / WEIGHTS).write_bytes(save(tensors, notes))
     (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
 
 

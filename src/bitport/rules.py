@@ -1,8 +1,9 @@
 """What a runtime can execute in integers, as data: operator kind × constraints on its tensors → kernel.
 
-Four words constrain a tensor (the idea is torchao's `QuantizationSpec` family):
+A few words constrain a tensor (the idea is torchao's `QuantizationSpec` family):
 
     Free      its parameters come from data
+    Ranged    its parameters are taken from the tensor itself while the network runs
     Fixed     its real range is known before any data is seen (sigmoid, softmax)
     Shared    it has the parameters of another operand: integers pass through unchanged
     Derived   its parameters follow from others': a bias (scale_x · scale_w), a product with a constant
@@ -13,9 +14,11 @@ A target owns one `Ruleset`; `plan` decides by it and nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
+
+from .formats import Format
 
 if TYPE_CHECKING:
     import torch.fx
@@ -26,6 +29,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Free:
     """An activation with parameters of its own."""
+
+
+@dataclass(frozen=True)
+class Ranged:
+    """An activation that is quantized while the network runs, with a range of its own each time."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +63,65 @@ class Derived:
     by: Literal["bias", "value"]
 
 
-Constraint = Free | Weight | Fixed | Shared | Derived | None
+Constraint = Free | Ranged | Weight | Fixed | Shared | Derived | None
+# static: integers in, integers out, ranges from calibration data. dynamic: float in and out, ranges taken while
+# running. weights: weights alone are stored narrow.
+Mode = Literal["static", "dynamic", "weights"]
+# A float kernel whose weights are stored narrow and decoded when the file is loaded.
+DECODED = "decoded"
 Role = Literal["compute", "elementwise", "move"]
 Condition = Callable[["Graph", "torch.fx.Node", "Op"], str | None]
+
+
+@dataclass(frozen=True)
+class Holds:
+    """The formats that a kind of tensor can be stored in.
+
+    Attributes:
+        kinds: of formats.
+        low, high: the widest range of integers. What is narrower is carried in it.
+        bits: widths that are held, for integers and codes; empty: any within the range.
+        granularities: what may share a scale.
+        groups: sizes of groups; empty: any.
+        symmetric: integers have a fixed zero point.
+    """
+
+    kinds: tuple[str, ...] = ("int",)
+    low: int = -128
+    high: int = 127
+    bits: tuple[int, ...] = ()
+    granularities: tuple[str, ...] = ("global", "tensor", "channel")
+    groups: tuple[int, ...] = ()
+    symmetric: bool = False
+
+    def objection(self, fmt: Format) -> str | None:
+        """Why `fmt` isn't held, or None."""
+        if fmt.kind not in self.kinds:
+            return f"{fmt} is no {' or '.join(self.kinds)} format"
+        if fmt.is_int and not self.low <= fmt.low < fmt.high <= self.high:
+            return f"{fmt} exceeds the integers {self.low} … {self.high}"
+        if self.bits and fmt.bits not in self.bits:
+            return f"{fmt} takes {fmt.bits} bits"
+        if not fmt.unscaled and fmt.granularity not in self.granularities:
+            return f"{fmt} has a scale per {fmt.granularity}"
+        if self.groups and fmt.group and fmt.group not in self.groups:
+            return f"{fmt} has groups of {fmt.group}, not {', '.join(map(str, self.groups))}"
+        if self.symmetric and fmt.is_int and not fmt.symmetric:
+            return f"{fmt} is not symmetric"
+        return None
+
+    def __str__(self) -> str:
+        integers = f"integers within {self.low} … {self.high}{' (symmetric)' if self.symmetric else ''}"
+        kinds = [integers if kind == "int" else kind for kind in self.kinds]
+        widths = f" of {', '.join(map(str, self.bits))} bits" if self.bits else ""
+        return f"{', '.join(kinds)}{widths} with a scale per {' or '.join(self.granularities)}"
+
+
+GRANULARITIES = ("global", "tensor", "channel", "group")
+# Whatever has a file of its own width and becomes float when it is read.
+ANY_WEIGHT = Holds(
+    ("int", "float", "log2", "codebook"), low=-(2**15), high=2**16 - 1, granularities=GRANULARITIES
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +137,8 @@ class OpRule:
             are; `move` shuffles integers.
         clamps: a following ReLU-like operator with a lower bound of 0 is absorbed by the output's saturation.
         float_output: the kernel can also return float32 where nobody wants its result as integers.
+        mode: "dynamic" and "weights" kernels take and return float32, whoever makes or reads it.
+        holds: the weights it takes, where that is less than the ruleset's mode says.
         when: gives the reason why this node can't be run so, or None.
     """
 
@@ -84,6 +150,8 @@ class OpRule:
     clamps: bool = False
     float_output: bool = False
     when: Condition | None = None
+    mode: Mode = "static"
+    holds: Holds | None = None
 
     def operand(self, slot: int) -> Constraint:
         return self.operands[min(slot, len(self.operands) - 1)]
@@ -96,36 +164,47 @@ class Ruleset:
     Attributes:
         name: the target's name, used in reasons.
         rows: the table; the first row whose kinds match and whose `when` has no objection wins.
-        activations, weights: names of formats that its integer kernels take.
+        activations: formats of activations that its integer kernels take.
+        weights: formats of weights by mode; a mode that isn't there doesn't exist on the runtime.
         stored: formats of activations that it can store but not compute with: their producers and readers run in
             float between a quantize and a dequantize.
-        granularities: of weights.
+        dynamic: formats of activations that are quantized while running; None: as `activations`.
         reasons: kind → why this runtime has no integer kernel for it (shown in reports).
         fixed: kind → real range of its result, where a float operator's result is quantized for a reader.
+        widths: bits of weights that its model file stores as they are; the others are packed beside it.
         weight_limit: largest |integer| of a weight on this host, e.g. 64 where 8-bit products could saturate.
         integer_io: the network takes and gives integers: its inputs and outputs are quantized too.
     """
 
     name: str
     rows: tuple[OpRule, ...]
-    activations: tuple[str, ...]
-    weights: tuple[str, ...]
+    activations: Holds
+    weights: Mapping[Mode, Holds]
     stored: tuple[str, ...] = ()
-    granularities: tuple[str, ...] = ("tensor", "channel")
+    dynamic: Holds | None = None
     reasons: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    widths: tuple[int, ...] = (8, 16)
     weight_limit: int | None = None
     integer_io: bool = False
 
-    def match(self, graph: Graph, node: torch.fx.Node, op: Op) -> tuple[OpRule | None, str | None]:
-        """The row for a node, or the reason why there is none."""
+    def match(
+        self, graph: Graph, node: torch.fx.Node, op: Op, mode: Mode = "static", weights: Format | None = None
+    ) -> tuple[OpRule | None, str | None]:
+        """The row for a node in a mode, or the reason why there is none. `weights`: the format they shall have.
+
+        An operator without a dynamic kernel can still have its weights stored narrow.
+        """
         objection: str | None = None
-        for row in self.rows:
-            if op.kind in row.kinds:
-                objection = row.when(graph, node, op) if row.when else None
-                if objection is None:
-                    return row, None
-        if objection is None:
+        for tried in (mode, "weights") if mode == "dynamic" else (mode,):
+            for row in self.rows:
+                if op.kind in row.kinds and row.mode == tried:
+                    objection = row.when(graph, node, op) if row.when else None
+                    if objection is None and row.holds is not None and weights is not None:
+                        objection = row.holds.objection(weights)
+                    if objection is None:
+                        return row, None
+        if objection is None and mode == "static":
             kind = op.kind.removeprefix("other:")
             objection = self.reasons.get(op.kind, f"{self.name} has no integer kernel for {kind}")
         return None, objection
@@ -142,6 +221,12 @@ def constant_parameters(graph: Graph, node: torch.fx.Node, op: Op) -> str | None
         if operand is None or operand.tensor is None:
             return f"its {what} is computed while running"
     return None
+
+
+def constant_weight(graph: Graph, node: torch.fx.Node, op: Op) -> str | None:
+    """Weights are stored before anything runs, so they have to be known by then."""
+    weight = op.operands[1]
+    return "its weight is computed while running" if weight is None or weight.tensor is None else None
 
 
 def zero_padding(graph: Graph, node: torch.fx.Node, op: Op) -> str | None:

@@ -18,10 +18,13 @@ from .errors import GraphError
 from .graph import Edge, Graph, Op, Operand
 from .graph.reading import made_by, present, producer_name
 from .numerics.arithmetic import Call, QSpec, QTensor, quantize
-from .plan import Plan
-from .plan.constants import constant_integers
+from .numerics.dynamic import quantize_dynamic
+from .plan import NodePlan, Plan
+from .plan.constants import Coded, constant_codes, constant_integers, is_plain
+from .rules import DECODED
 
 Tap = Callable[[str, Tensor], Tensor]
+Watch = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Simulator:
 
     def __init__(self, graph: Graph, plan: Plan, arithmetic: Arithmetic) -> None:
         self.graph, self.plan, self.arithmetic = graph, plan, arithmetic
-        self._constants: dict[tuple[str, str], QTensor] = {}
+        self._constants: dict[tuple[str, str, bool], QTensor | Coded] = {}
         self._last: dict[fx.Node, list[fx.Node]] = {}
         seen: set[fx.Node] = set()
         for node in reversed(graph.gm.graph.nodes):
@@ -59,26 +62,35 @@ class Simulator:
                     seen.add(source)
                     self._last.setdefault(node, []).append(source)
 
-    def run(self, inputs: Sequence[Tensor], tap: Tap | None = None) -> tuple[Tensor, ...]:
+    def run(
+        self, inputs: Sequence[Tensor], tap: Tap | None = None, watch: Watch | None = None
+    ) -> tuple[Tensor, ...]:
         """Flat outputs for flat inputs.
 
         Args:
             tap: called with (producer name, integers) for each tensor that is quantized; what it returns is
                 what the network goes on with (the runtime's own integers, for a layer-local comparison).
+            watch: told the name and the float result of each kernel that takes and returns floats.
         """
         with torch.no_grad():
-            return _Run(self, list(inputs), tap).outputs()
+            return _Run(self, list(inputs), tap, watch).outputs()
 
-    def constant(self, tensor: str, tie: str) -> QTensor:
-        key = (tensor, tie)
+    def constant(self, tensor: str, tie: str, coded: bool = False) -> QTensor | Coded:
+        """A parameter under a tie. coded: as a kernel takes it that computes on floats."""
+        key = (tensor, tie, coded)
         if key not in self._constants:
-            self._constants[key] = constant_integers(self.graph, self.plan, tensor, tie)
+            stored = self.plan.ties[tie]
+            plain = stored.source == "bias" or (is_plain(stored.format) and not coded)
+            make = constant_integers if plain else constant_codes
+            self._constants[key] = make(self.graph, self.plan, tensor, tie)
         return self._constants[key]
 
 
 class _Run:
-    def __init__(self, simulator: Simulator, inputs: list[Tensor], tap: Tap | None) -> None:
-        self.s, self.tap = simulator, tap
+    def __init__(
+        self, simulator: Simulator, inputs: list[Tensor], tap: Tap | None, watch: Watch | None
+    ) -> None:
+        self.s, self.tap, self.watch = simulator, tap, watch
         self.graph, self.plan = simulator.graph, simulator.plan
         self.values: dict[fx.Node, Any] = {}
         self.inputs = iter(inputs)
@@ -109,6 +121,11 @@ class _Run:
             self.values[node] = self._wrap(source.q, tie)
         elif todo.role == "move":
             self.values[node] = self._move(node, op, name)
+        elif todo.mode is not None:
+            result = self._on_floats(node, op, name, todo)
+            if self.watch is not None:
+                self.watch(name, result)
+            self._leave(node, result)
         elif todo.kernel is not None:
             self._kernel(node, op, name, todo.absorbs or name)
         else:
@@ -124,9 +141,32 @@ class _Run:
         q = self.s.arithmetic.quantize(value, self._spec(tie))
         self.values[node] = _Both(value, self._tapped(name, q, tie))
 
+    def _on_floats(self, node: fx.Node, op: Op, name: str, todo: NodePlan) -> Tensor:
+        """A kernel that takes and returns floats: its weights are stored narrow, what it reads may be rounded."""
+        operands: list[QTensor | Coded | Tensor | None] = []
+        kernel = self.s.arithmetic.kernels.get(f"{op.kind}_{todo.mode}") if todo.kernel != DECODED else None
+        for slot, operand in enumerate(op.operands):
+            tie = (
+                None
+                if operand is None
+                else self.plan.edges.get(Edge(producer_name(self.graph, operand), name, slot))
+            )
+            if operand is None:
+                operands.append(None)
+            elif tie is not None and self.plan.ties[tie].source == "dynamic":
+                assert operand.node is not None
+                value = self._float(operand.node)
+                fmt = self.plan.ties[tie].format
+                operands.append(value if kernel is not None else quantize_dynamic(value, fmt))
+            else:
+                operands.append(self._operand(operand, name, slot, coded=True))
+        if kernel is not None:
+            return kernel(Call(f"{op.kind}_{todo.mode}", op.attrs, tuple(operands), None))
+        return self._run_float(node, op, operands)  # type: ignore[no-any-return]
+
     def _kernel(self, node: fx.Node, op: Op, name: str, out_name: str) -> None:
         tie = self.plan.tie_of(out_name)
-        operands: list[QTensor | Tensor | None] = []
+        operands: list[QTensor | Coded | Tensor | None] = []
         for slot, operand in enumerate(op.operands):
             operands.append(None if operand is None else self._operand(operand, name, slot))
         kernel = self.s.arithmetic.kernels.get(op.kind)
@@ -174,14 +214,14 @@ class _Run:
         return self._wrap(moved_values.to(torch.int32), tie)
 
     def _run_float(
-        self, node: fx.Node, op: Op, operands: Sequence[QTensor | Tensor | None] | None = None
+        self, node: fx.Node, op: Op, operands: Sequence[QTensor | Coded | Tensor | None] | None = None
     ) -> Any:
         name = self.graph.name(node)
         if operands is None:
             operands = [
                 None if o is None else self._operand(o, name, slot) for slot, o in enumerate(op.operands)
             ]
-        floats = [o.dequantize() if isinstance(o, QTensor) else o for o in operands]
+        floats = [o.dequantize() if isinstance(o, QTensor | Coded) else o for o in operands]
         custom = self.s.arithmetic.floats.get(op.kind)
         if custom is not None:
             return custom(op.attrs, *floats)
@@ -220,14 +260,16 @@ class _Run:
 
     # ------------------------------------------------------------------ values
 
-    def _operand(self, operand: Operand, consumer: str, slot: int) -> QTensor | Tensor | None:
+    def _operand(
+        self, operand: Operand, consumer: str, slot: int, coded: bool = False
+    ) -> QTensor | Coded | Tensor | None:
         key = producer_name(self.graph, operand)
         tie = self.plan.edges.get(Edge(key, consumer, slot))
         if operand.tensor is not None:
             return (
                 self.graph.tensor(operand.tensor).detach()
                 if tie is None
-                else self.s.constant(operand.tensor, tie)
+                else self.s.constant(operand.tensor, tie, coded)
             )
         assert operand.node is not None
         value = self.values[operand.node]

@@ -317,10 +317,18 @@ def test_an_override_that_matches_nothing_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": {"format": "int4"}}, "no integer kernels for int4 weights; it holds int8"),
+        (
+            {"weights": {"format": "nf4"}},
+            "no kernels for nf4 weights with integer activations .*it holds integers",
+        ),
         ({"activations": {"format": "int12"}}, "no integer kernels for int12 activations"),
-        ({"overrides": [Override("a", weights={"format": "int4"})]}, "no integer kernels for int4 weights"),
-        ({"weights": {"granularity": "block"}}, "per tensor or channel, not per block"),
+        ({"overrides": [Override("a", weights={"format": "int9"})]}, "no kernels for int9 weights"),
+        ({"weights": {"granularity": "group", "group": 4}}, "has a scale per group"),
+        ({"weights": {"symmetric": False}}, "is not symmetric"),
+        (
+            {"weights": {"format": "e4m3"}, "activations": {"dynamic": True}},
+            "no kernels for e4m3 weights with activations quantized while running",
+        ),
     ],
 )
 def test_formats_that_the_target_can_not_hold_are_refused(options: dict[str, Any], message: str) -> None:

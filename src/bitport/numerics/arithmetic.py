@@ -72,13 +72,14 @@ class Call:
     attrs: conv, conv_transpose: stride padding dilation groups ndim (conv_transpose also output_padding);
         softmax, cat: dim; avg_pool: kernel stride padding ceil_mode count_include_pad ndim;
         max_pool: kernel stride padding dilation ceil_mode ndim; leaky_relu: negative_slope.
-    operands: in slot order; conv, linear: (x, weight, bias or None), the bias int32 of scale s_x·s_w.
+    operands: in slot order; conv, linear: (x, weight, bias or None), the bias int32 of scale s_x·s_w. Kernels on floats
+        (`linear_dynamic`, `linear_weights`): x and bias float tensors, the weight `plan.constants.Coded`.
     out: how the output is stored; None where the kernel returns float32.
     """
 
     kind: str
     attrs: Mapping[str, Any]
-    operands: tuple[QTensor | Tensor | None, ...]
+    operands: tuple[Any, ...]
     out: QSpec | None
 
 

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from ..errors import GraphError
+from ..formats import Format
 from ..graph import Graph
 from ..graph.reading import constant_names
 from ..numerics.arithmetic import QTensor
+from ..numerics.codes import Grid, decode, encode
 from ..numerics.quantize import quantize, quantize_bias
 from .model import Plan, TensorPlan
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A stored tensor of any format: its codes (int32) and what they mean."""
+
+    codes: Tensor
+    grid: Grid
+
+    def dequantize(self) -> Tensor:
+        """The numbers that the codes stand for, float32, shape of codes."""
+        return self._decoded
+
+    @cached_property
+    def _decoded(self) -> Tensor:
+        return decode(self.codes, self.grid)
 
 
 def settle(plan: Plan) -> Plan:
@@ -48,8 +68,25 @@ def _settled(tie: TensorPlan, of: list[TensorPlan]) -> TensorPlan:
         return replace(
             tie, scale=scale * torch.tensor(tie.factor, dtype=torch.float32), zero_point=zero_point
         )
-    tie.parameters()
+    if tie.source != "dynamic":
+        tie.parameters()
     return tie
+
+
+def grid_of(tie: TensorPlan) -> Grid:
+    """The parameters of a stored tensor as the numerics take them. Raises GraphError while they are unknown."""
+    return Grid(tie.format, *tie.parameters(), tie.table)
+
+
+def constant_codes(graph: Graph, plan: Plan, tensor: str, tie_name: str) -> Coded:
+    """The codes of any format that a weight is stored as under a tie."""
+    grid = grid_of(plan.ties[tie_name])
+    return Coded(encode(graph.tensor(tensor).detach(), grid), grid)
+
+
+def is_plain(fmt: Format) -> bool:
+    """Whether a format is integers with a scale for the tensor or per channel: what integer kernels compute with."""
+    return fmt.is_int and fmt.granularity != "group"
 
 
 def constant_integers(graph: Graph, plan: Plan, tensor: str, tie_name: str) -> QTensor:
@@ -63,8 +100,8 @@ def constant_integers(graph: Graph, plan: Plan, tensor: str, tie_name: str) -> Q
         w_scale, _ = plan.ties[tie.of[1]].parameters()
         q = quantize_bias(value, x_scale, w_scale)
         return QTensor(q, scale, zero_point, -(2**31), 2**31 - 1, 0 if scale.ndim else None)
-    if fmt.kind != "int":
-        raise GraphError(f"{tensor}: {fmt} is not an integer format")
+    if not is_plain(fmt):
+        raise GraphError(f"{tensor}: integer kernels can't compute with {fmt}")
     q = quantize(value, scale, zero_point, fmt.low, fmt.high, fmt.axis)
     return QTensor(q, scale, zero_point, fmt.low, fmt.high, fmt.axis)
 
@@ -80,7 +117,8 @@ def on_grid(graph: Graph, plan: Plan) -> None:
             (tie,) = ties
             if plan.ties[tie].source == "bias":
                 continue  # int32 has more digits than float32: a bias is rounded once, at its use
-            graph.set_tensor(tensor, constant_integers(graph, plan, tensor, tie).dequantize())
+            constant = constant_integers if is_plain(plan.ties[tie].format) else constant_codes
+            graph.set_tensor(tensor, constant(graph, plan, tensor, tie).dequantize())
 
 
 def _is_parameter(graph: Graph, name: str) -> bool:

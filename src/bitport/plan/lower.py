@@ -7,6 +7,7 @@ An absorbed ReLU vanishes, since the quantize's saturation at the zero point is 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import GraphError
+from ..formats import Format
 from ..graph import Edge, Graph, Op, Operand
 from ..graph.reading import made_by, present, producer_name
 from ..graph.simplify import CONTRACTIONS
-from .constants import constant_integers
+from ..numerics.codes import values
+from ..numerics.packing import pack
+from .constants import constant_codes, constant_integers, is_plain
 from .model import NodePlan, Plan
-from .ops import DEQUANTIZE, QUANTIZE
+from .ops import DEQUANTIZE, LOOKUP, QUANTIZE, QUANTIZE_DYNAMIC, UNPACK, code_type
 
 BYTE = 8  # bits
 QUANTIZED = "/q"  # suffix of a quantized tensor's name in a model file
@@ -222,12 +226,16 @@ class _Lowering:
                 reads.append(None)
                 continue
             tie = self.plan.edges.get(Edge(producer_name(self.graph, operand), name, slot))
-            if tie is None:
-                reads.append(self._read(operand.node, name, op) if operand.node is not None else None)
+            if tie is None or (todo.mode is not None and operand.node is not None):
+                reads.append(self._float_operand(operand, tie, name, op))
+                continue
+            if operand.node is None and (todo.mode is not None or not is_plain(self.plan.ties[tie].format)):
+                reads.append(self._decoded(str(operand.tensor), tie, name))
                 continue
             integers = self._int_operand(operand, name, slot)
             if op.kind == "conv" and slot == 0 and isinstance(op.attrs["padding"], str):
-                integers = self._pad_unevenly(integers, op, tie, name)
+                _, zero_point = self.plan.ties[tie].parameters()
+                integers = self._pad_unevenly(integers, op, int(zero_point) + self.offset, name)
             if op.kind == "linear" and slot == 0 and self.flatten_linear and self._rank(operand) != 2:
                 out_features, width = self.graph.tensor(producer_name(self.graph, present(op, 1))).shape
                 leading = [
@@ -237,14 +245,19 @@ class _Lowering:
                 leading.append(out_features)
                 integers = self._call(f"{name}/rows", torch.ops.aten.reshape.default, (integers, [-1, width]))
             reads.append(self._dequantize(integers, tie, constant=operand.tensor is not None, name=name))
+        if op.kind == "conv" and todo.mode is not None and isinstance(op.attrs["padding"], str):
+            assert reads[0] is not None
+            reads[0] = self._pad_unevenly(reads[0], op, 0, name)
         if op.kind in ("conv", "conv_transpose"):
             new = self._convolution(op, name, reads)
         elif op.kind == "linear":
-            if reads[2] is None and self.flatten_linear:
+            if reads[2] is None and self.flatten_linear and todo.mode is None:
                 reads[2] = self._no_bias(op, name)
             new = self._call(name, torch.ops.aten.linear.default, tuple(reads))
             if leading is not None:
                 self.flattened[new] = leading
+        elif op.kind == "embedding":
+            new = self._call(name, torch.ops.aten.embedding.default, (reads[1], reads[0]))
         elif node.op == "call_module":
             raise GraphError(f"{name}: a module of kind {op.kind} can't be lowered to integers")
         else:
@@ -254,17 +267,39 @@ class _Lowering:
                 if operand is not None and operand.node is not None and read is not None
             }
             new = self._copy(node, lambda n: sources[n] if n in sources else self._read(n, name, op))
+        if todo.mode is not None and op.kind in self.barriers and self.plan.tie_of(name) is not None:
+            return self._barrier(new, name) if self._reads_integers(name, op) else new
         return new
 
-    def _pad_unevenly(self, integers: fx.Node, op: Op, tie: str, name: str) -> fx.Node:
+    def _float_operand(self, operand: Operand, tie: str | None, name: str, op: Op) -> fx.Node:
+        """What a kernel that takes floats reads; rounded first where its range is taken while running."""
+        if operand.node is None:
+            return self._buffer(str(operand.tensor), self.graph.tensor(str(operand.tensor)))
+        if tie is None or self.plan.ties[tie].source != "dynamic":
+            return self._read(operand.node, name, op)
+        source, producer = operand.node, self.graph.name(operand.node)
+        if self.plan.makes_integers(producer):
+            made_as = self.plan.tie_of(producer)
+            assert made_as is not None
+            value = self._dequantize(self.ints[source], made_as, constant=False, name=name)
+        else:
+            value = self._read_float(source)
+        fmt = self.plan.ties[tie].format
+        bounds = (fmt.low + self.offset, fmt.high + self.offset)
+        parts = self._call(f"{name}/ranged", QUANTIZE_DYNAMIC, (value, *bounds))
+        q, scale, zero_point = (
+            self._call(f"{name}/ranged", operator.getitem, (parts, index)) for index in range(3)
+        )
+        return self._call(f"{name}/dq", DEQUANTIZE, (q, scale, zero_point, -1))
+
+    def _pad_unevenly(self, values: fx.Node, op: Op, zero: int, name: str) -> fx.Node:
         """`padding="same"` with an even kernel: one more zero behind than in front, as torch does."""
         kernel = self.graph.tensor(producer_name(self.graph, present(op, 1))).shape[2:]
         pads: list[int] = []
         for size, dilation in zip(reversed(kernel), reversed(op.attrs["dilation"]), strict=True):
             total = dilation * (size - 1)
             pads += [total // 2, total - total // 2]
-        _, zero_point = self.plan.ties[tie].parameters()
-        args = (integers, pads, int(zero_point) + self.offset)
+        args = (values, pads, zero)
         return self._call(f"{name}/pad", torch.ops.aten.constant_pad_nd.default, args)
 
     def _no_bias(self, op: Op, name: str) -> fx.Node:
@@ -341,8 +376,39 @@ class _Lowering:
         if tie.source == "bias":
             return self._buffer(f"{tie_name}/q", q)
         if tie.source == "weight":
-            return self._buffer(f"{tie_name}/q", q.to(torch.int8))
+            return self._stored(f"{tie_name}/q", q, tie.format)
         return self._buffer(f"{operand.tensor}/q", (q + self.offset).to(self.dtype))
+
+    def _stored(self, name: str, codes: Tensor, fmt: Format) -> fx.Node:
+        """Codes as a buffer of their own width: of a type that torch has, or as a bit stream."""
+        low = fmt.low if fmt.is_int else 0
+        dtype = code_type(low, fmt.high if fmt.is_int else 2**fmt.bits - 1)
+        if fmt.bits == 8 * dtype.itemsize:
+            return self._buffer(name, codes.to(dtype))
+        packed = self._buffer(name, pack(codes - low, fmt.bits))
+        return self._call(f"{name}/unpack", UNPACK, (packed, fmt.bits, low, list(codes.shape)))
+
+    def _decoded(self, tensor: str, tie_name: str, name: str) -> fx.Node:
+        """A weight of any format as a float, made from its codes."""
+        coded = constant_codes(self.graph, self.plan, tensor, tie_name)
+        grid, fmt = coded.grid, coded.grid.format
+        if fmt.unscaled:
+            dtype = torch.float16 if fmt.exponent == 5 else torch.bfloat16
+            narrow = self._buffer(f"{tie_name}/q", coded.dequantize().to(dtype))
+            return self._call(f"{name}/decoded", torch.ops.aten.to.dtype, (narrow, torch.float32))
+        codes = self._stored(f"{tie_name}/q", coded.codes, fmt)
+        scale = self._buffer(f"{tie_name}/scale", grid.scale)
+        axis = -1 if fmt.axis is None else fmt.axis
+        if fmt.is_int:
+            if fmt.group:
+                zero_point = self._stored(f"{tie_name}/zero_point", grid.zero_point, fmt)
+            else:
+                narrow_zero = grid.zero_point.to(code_type(fmt.low, fmt.high))
+                zero_point = self._buffer(f"{tie_name}/zero_point", narrow_zero)
+            return self._call(f"{name}/dq", DEQUANTIZE, (codes, scale, zero_point, axis, fmt.group))
+        table = self._buffer(f"{tie_name}/table", values(fmt, grid.table))
+        kind = str(fmt).partition(" ")[0]
+        return self._call(f"{name}/decoded", LOOKUP, (codes, table, scale, axis, fmt.group, kind))
 
     def _rank(self, operand: Operand) -> int:
         assert operand.node is not None
@@ -371,7 +437,7 @@ class _Lowering:
         if tie.source == "bias":
             stored = zero_point.to(torch.int32)
         elif tie.source == "weight":
-            stored = zero_point.to(torch.int8)
+            stored = zero_point.to(code_type(tie.format.low, tie.format.high))
         else:
             dtype, offset = self._storage(tie_name)
             stored = (zero_point + offset).to(dtype)

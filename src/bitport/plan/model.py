@@ -7,17 +7,24 @@ ones shifts them at export.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
 from ..errors import ArtifactError, FormatError, GraphError
 from ..formats import Format
 from ..graph import Edge
 
-Source = Literal["measured", "weight", "fixed", "bias", "scaled"]
+Source = Literal["measured", "weight", "fixed", "bias", "scaled", "dynamic"]
+LOCAL = (
+    "weight",
+    "bias",
+    "dynamic",
+)  # sources of ties that one operator reads for itself: no activation's integers
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,17 @@ class TensorPlan:
     Attributes:
         format: the numbers' Format.
         source: where the parameters come from: `measured` on data, from the `weight` itself, `fixed` by the
-            operator, a `bias` (scale_x · scale_w), or `scaled` (another tie's scale times a constant).
+            operator, a `bias` (scale_x · scale_w), `scaled` (another tie's scale times a constant), or `dynamic` (the
+            tensor itself, each time the network runs).
         range: range estimator (name or table), for `measured` and `weight`.
         members: names of producers (nodes, inputs, parameters) whose values define the range.
         of: ties this one derives from: (x, weight) of a bias, (operand,) of a scaled tensor.
         factor: the constant of a `scaled` tie.
         bounds: the real range of a `fixed` tie.
-        scale: float32, 0-d or [C]; None until measured.
+        scale: float32, 0-d, [C], or [C, G] with groups; None until measured.
         zero_point: int32, same shape.
+        table: float32 [size], the values of a learned codebook.
+        choose: the format's symmetry is still to be chosen, by measured error.
     """
 
     format: Format
@@ -46,6 +56,8 @@ class TensorPlan:
     bounds: tuple[float, float] | None = None
     scale: torch.Tensor | None = None
     zero_point: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+    choose: bool = False
 
     def parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, zero_point). Raises GraphError while they are unknown."""
@@ -66,6 +78,7 @@ class NodePlan:
         role: the rule's role (`compute`, `elementwise`, `move`, `scaled`), None for float.
         absorbs: the ReLU-like successor that the kernel's saturation replaces.
         absorbed_by: set on that successor.
+        mode: how its kernel is fed: None for integers, else `dynamic` or `weights` (float in and out).
     """
 
     kernel: str | None = None
@@ -73,6 +86,7 @@ class NodePlan:
     role: str | None = None
     absorbs: str | None = None
     absorbed_by: str | None = None
+    mode: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,12 @@ class Plan:
     def node(self, name: str) -> NodePlan:
         return self.nodes.get(name, NodePlan())
 
+    def makes_integers(self, name: str) -> bool:
+        """Whether an operator's result comes out of an integer kernel (its own, or the one that absorbed it)."""
+        node = self.node(name)
+        owner = self.node(node.absorbed_by) if node.absorbed_by is not None else node
+        return owner.kernel is not None and owner.mode is None
+
     def tie_of(self, producer: str) -> str | None:
         """The tie that a producer's integers leave with (None: float only)."""
         return self._produced().get(producer)
@@ -103,7 +123,7 @@ class Plan:
         return cached
 
     def _constant(self, tie: str) -> bool:
-        return self.ties[tie].source in ("weight", "bias")
+        return self.ties[tie].source in LOCAL
 
     def with_ties(self, changed: Mapping[str, TensorPlan]) -> Plan:
         return replace(self, ties={**self.ties, **changed})
@@ -190,14 +210,48 @@ def _tie_record(tie: TensorPlan) -> dict[str, Any]:
             record[key] = list(getattr(tie, key))
     if tie.source == "scaled":
         record["factor"] = tie.factor
-    if tie.scale is not None and tie.zero_point is not None:
-        # float32 → double → shortest decimal is exact in both directions
-        record["scale"], record["zero_point"] = tie.scale.tolist(), tie.zero_point.tolist()
+    if tie.choose:
+        record["choose"] = True
+    for key in ("scale", "zero_point", "table"):
+        value = getattr(tie, key)
+        if value is not None:
+            record[key] = _numbers(value)
     return record
 
 
+def _numbers(values: torch.Tensor) -> Any:
+    """A short tensor as plain numbers, a long one (scales of groups) as its little-endian bytes in base64."""
+    if values.ndim < 2:
+        # float32 → double → shortest decimal is exact in both directions
+        return values.tolist()
+    array = values.contiguous().numpy()
+    if (
+        values.dtype == torch.int32
+        and values.numel()
+        and int(values.min()) >= -128
+        and int(values.max()) <= 127
+    ):
+        array = array.astype(np.int8)
+    array = array.astype(array.dtype.newbyteorder("<"))
+    text = base64.b64encode(array.tobytes()).decode()
+    return {"type": array.dtype.str.lstrip("<|"), "shape": list(array.shape), "base64": text}
+
+
+def _tensor(record: Any, dtype: torch.dtype) -> torch.Tensor | None:
+    """What `_numbers` wrote. Raises ValueError."""
+    if record is None:
+        return None
+    if not isinstance(record, Mapping):
+        return torch.tensor(record, dtype=dtype)
+    shape = [int(size) for size in record["shape"]]
+    if record["type"] not in ("f4", "i4", "i1") or len(shape) != 2 or min(shape) < 0:
+        raise ValueError(f"{record['type']!r} of shape {shape} is no tensor of parameters")
+    content = base64.b64decode(record["base64"], validate=True)
+    array = np.frombuffer(content, np.dtype(record["type"]).newbyteorder("<")).reshape(shape)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="))).to(dtype)
+
+
 def _tie_from(record: Mapping[str, Any]) -> TensorPlan:
-    scale, zero_point = record.get("scale"), record.get("zero_point")
     bounds, source, spec = record.get("bounds"), record["source"], record.get("range", "minmax")
     if source not in get_args(Source):
         raise ValueError(f"{source!r} is no source of a range")
@@ -211,14 +265,21 @@ def _tie_from(record: Mapping[str, Any]) -> TensorPlan:
         of=tuple(map(_text, record.get("of", ()))),
         factor=float(record.get("factor", 1.0)),
         bounds=(float(bounds[0]), float(bounds[1])) if bounds else None,
-        scale=None if scale is None else torch.tensor(scale, dtype=torch.float32),
-        zero_point=None if zero_point is None else torch.tensor(zero_point, dtype=torch.int32),
+        scale=_tensor(record.get("scale"), torch.float32),
+        zero_point=_tensor(record.get("zero_point"), torch.int32),
+        table=_tensor(record.get("table"), torch.float32),
+        choose=record.get("choose") is True,
     )
     if (tie.scale is None) != (tie.zero_point is None):
         raise ValueError("a scale without a zero point, or the other way round")
     if tie.scale is not None and tie.zero_point is not None:
-        if tie.scale.shape != tie.zero_point.shape or tie.scale.ndim > 1:
+        if tie.scale.shape != tie.zero_point.shape or tie.scale.ndim > (
+            2 if tie.format.granularity == "group" else 1
+        ):
             raise ValueError(f"scales {list(tie.scale.shape)} and zero points {list(tie.zero_point.shape)}")
         if not bool((torch.isfinite(tie.scale) & (tie.scale > 0)).all()):
             raise ValueError("a scale that is not a finite positive number")
+    learned = tie.format.size if tie.format.table == "learned" and tie.scale is not None else None
+    if (None if tie.table is None else tie.table.numel()) != learned:
+        raise ValueError(f"a table of values that doesn't fit {tie.format}")
     return tie

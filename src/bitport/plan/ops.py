@@ -1,7 +1,7 @@
 """The one quantized currency inside exported graphs; a target lowers it to what its runtime calls it.
 
     quantize(x, scale, zero_point, low, high, axis)     clamp(rne(x / scale) + zero_point, low, high)
-    quantize_dynamic(x, low, high)                      the same with a range taken from x itself → (q, scale, zero_point)
+    quantize_dynamic(x, low, high)                      with a range taken from x itself → (q, scale, zero_point)
     dequantize(q, scale, zero_point, axis, group)       (q − zero_point) · scale
     lookup(codes, table, scale, axis, group, kind)      table[codes] · scale: small floats, codebooks, log2 levels
     unpack(packed, bits, low, shape)                    the integers of a bit stream: code + low, of narrow widths

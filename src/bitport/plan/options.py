@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -14,24 +14,73 @@ from ..formats import Format
 from ..graph import Graph
 from ..graph.reading import type_name
 from ..graph.simplify import CONTRACTIONS
-from ..rules import Ruleset
+from ..rules import Mode, Ruleset
 
 
 @dataclass(frozen=True)
 class TensorOptions:
-    """What a recipe says of weights or of activations."""
+    """What a recipe says of weights or of activations.
+
+    Attributes:
+        format: a format as `Format.parse` reads it.
+        granularity: what shares a scale; None: as the format says, else per channel (weights) or tensor.
+        group: how many values share a scale, where granularity is "group".
+        range: range estimator (name or table).
+        symmetric: whether the zero point is fixed; "auto": whichever measures a smaller error; None: as is usual
+            (weights symmetric where the format can be, activations not).
+        dynamic: activations are quantized while the network runs.
+    """
 
     format: str = "int8"
-    granularity: str = "tensor"
+    granularity: str | None = None
+    group: int | None = None
     range: str | Mapping[str, Any] = "minmax"
-    symmetric: bool = False
+    symmetric: bool | Literal["auto"] | None = None
+    dynamic: bool = False
 
     def changed(self, options: Mapping[str, Any]) -> TensorOptions:
-        return TensorOptions(**{**vars(self), **options})
+        """These options with some replaced. Another granularity or format drops the size of groups."""
+        known = dict(vars(self))
+        if options.keys() & {"format", "granularity"}:
+            known["group"] = None
+        return TensorOptions(**{**known, **options})
+
+    def for_weights(self, axis: int | None) -> Format:
+        """The Format of weights whose channel axis is `axis` (None: they have one scale at most).
+
+        Raises FormatError where the words contradict each other.
+        """
+        fmt = self._parsed("tensor" if axis is None else "channel")
+        if fmt.granularity in ("channel", "group"):
+            fmt = (
+                fmt.with_(granularity="tensor")
+                if axis is None
+                else fmt.with_(axis=axis if fmt.axis is None else fmt.axis)
+            )
+        if self.symmetric is None and fmt.is_int:
+            fixed = fmt.high // 2 + 1 if fmt.low == 0 else 0
+            return fmt.with_(symmetric=fmt.low < fixed < fmt.high)
+        return fmt
+
+    def for_activations(self) -> Format:
+        """The Format of activations. Raises FormatError where the words contradict each other."""
+        return self._parsed("tensor")
+
+    def _parsed(self, default: str) -> Format:
+        fmt = Format.parse(self.format)
+        if fmt.unscaled:
+            return fmt
+        shared = self.granularity
+        if shared is None:
+            said = fmt.granularity != "tensor" or "tensor" in self.format.split()
+            shared = "group" if self.group is not None else fmt.granularity if said else default
+        given = self.symmetric if isinstance(self.symmetric, bool) else None
+        return Format.parse(self.format, symmetric=given, granularity=shared, group=self.group)
 
     @property
     def is_float(self) -> bool:
-        return Format.parse(self.format).kind == "float"
+        """Whether numbers stay in float32."""
+        return self.format.strip() == "float32"
 
 
 class Override(Protocol):
@@ -50,6 +99,13 @@ class Override(Protocol):
     @property
     def activations(self) -> Mapping[str, Any] | None: ...
 
+
+WITH_WEIGHTS = (*CONTRACTIONS, "embedding")
+_MODES: Mapping[Mode, str] = {
+    "static": "integer activations",
+    "dynamic": "activations quantized while running",
+    "weights": "float activations",
+}
 
 PerNode = dict[torch.fx.Node, TensorOptions]
 
@@ -83,23 +139,48 @@ def resolve(
         for node in hits:
             w[node] = w[node].changed(override.weights or {})
             a[node] = a[node].changed(override.activations or {})
-    _check(ruleset, w, ruleset.weights, "weights")
-    _check(ruleset, a, (*ruleset.activations, *ruleset.stored), "activations")
+    for node in nodes:
+        _check(graph, ruleset, node, w[node], a[node])
     return w, a
 
 
-def _check(ruleset: Ruleset, options: PerNode, allowed: tuple[str, ...], what: str) -> None:
-    for chosen in options.values():
-        if not chosen.is_float and chosen.format not in allowed:
+def mode_of(weights: TensorOptions, activations: TensorOptions) -> Mode:
+    """How an operator with weights is to be run."""
+    if activations.is_float:
+        return "weights"
+    return "dynamic" if activations.dynamic else "static"
+
+
+def _check(
+    graph: Graph, ruleset: Ruleset, node: torch.fx.Node, weights: TensorOptions, activations: TensorOptions
+) -> None:
+    fmt = activations.for_activations()
+    if not activations.is_float and str(fmt).split()[0] not in ruleset.stored:
+        held = ruleset.dynamic if activations.dynamic and ruleset.dynamic else ruleset.activations
+        objection = held.objection(fmt)
+        if objection is not None:
             raise TargetError(
-                f"{ruleset.name} has no integer kernels for {chosen.format} {what}; "
-                f"it holds {', '.join(allowed)} (or float32)"
+                f"{ruleset.name} has no integer kernels for {activations.format} activations ({objection}); it holds "
+                f"{_listed([str(held), *ruleset.stored])} (or float32)"
             )
-        if what == "weights" and chosen.granularity not in ruleset.granularities:
-            raise TargetError(
-                f"{ruleset.name} holds weights per {' or '.join(ruleset.granularities)}, "
-                f"not per {chosen.granularity}"
-            )
+    if weights.is_float or graph.op(node).kind not in WITH_WEIGHTS:
+        return
+    mode = mode_of(weights, activations)
+    kept = ruleset.weights.get(mode)
+    if kept is None:
+        raise TargetError(
+            f"{ruleset.name} can't run {_MODES[mode]}; it can run {_listed([_MODES[m] for m in ruleset.weights])}"
+        )
+    objection = kept.objection(weights.for_weights(0))
+    if objection is not None:
+        raise TargetError(
+            f"{ruleset.name} has no kernels for {weights.format} weights with {_MODES[mode]} ({objection}); "
+            f"it holds {kept} (or float32)"
+        )
+
+
+def _listed(items: list[str]) -> str:
+    return ", ".join(items)
 
 
 def _matches(graph: Graph, node: torch.fx.Node, override: Override) -> bool:

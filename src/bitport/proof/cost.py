@@ -316,7 +316,7 @@ def sparsity(graph: Graph) -> float:
 
 
 def sizes(reference: Path, folder: Path) -> dict[str, Any]:
-    """Bytes of the files a runtime needs: `model.*` and `weights.safetensors`.
+    """Bytes of the files a runtime needs: `model.*`, else `weights.safetensors`.
 
     Args:
         reference: folder of the original network, exported for the same runtime.
@@ -333,7 +333,8 @@ def sizes(reference: Path, folder: Path) -> dict[str, Any]:
 
 def _model_bytes(folder: Path) -> int:
     files = [p for p in sorted(folder.glob("model.*")) if p.is_file()]
-    files += [p for p in (folder / "weights.safetensors",) if p.is_file()]
+    if not files:
+        files = [p for p in (folder / "weights.safetensors",) if p.is_file()]
     total = sum(p.stat().st_size for p in files)
     if total == 0:
         raise ArtifactError(f"{folder} holds no model file (model.*): run compress again")

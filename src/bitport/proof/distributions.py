@@ -18,8 +18,10 @@ from ..data import Source
 from ..formats import Format
 from ..graph import Graph
 from ..graph.reading import constant_names
+from ..numerics.arithmetic import along, grouped
 from ..numerics.histogram import Histogram
 from ..plan import Plan, TensorPlan
+from ..plan.model import LOCAL
 from ..progress import Progress
 
 SAMPLES = 256
@@ -125,8 +127,11 @@ def _weights(reference: Graph, plan: Plan, order: Mapping[str, int]) -> list[_Te
             tensor = _of(member, used_by[name], "weights", tie)
             if tie.scale.numel() > 1:
                 tensor.unit, tensor.low, tensor.high, tensor.step = "steps", *_codes(tie), 1.0
-                axis = tie.format.axis or 0
-                value = value / tie.scale.reshape([-1 if i == axis else 1 for i in range(value.dim())])
+                axis, group = tie.format.axis or 0, tie.format.group
+                if group:
+                    value = value / grouped(tie.scale, value.shape, axis, group)
+                else:
+                    value = value / along(tie.scale, value.dim(), axis)
             tensor.update(value)
             found.append(tensor)
     return found
@@ -140,7 +145,7 @@ def _activations(reference: Graph, plan: Plan, order: Mapping[str, int]) -> list
     constants = constant_names(reference)
     found = []
     for name, tie in plan.ties.items():
-        if tie.source in ("weight", "bias") or not tie.format.is_int or tie.scale is None:
+        if tie.source in LOCAL or not tie.format.is_int or tie.scale is None:
             continue
         members = tie.members or tuple(producers.get(name, ()))
         made = [member for member in members if member in order]

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..graph import Graph
+from ..numerics.codes import storage_bits
 from ..plan import Plan
+from ..plan.constants import grid_of
 from ..targets._base import Inspection
 
 # Kinds that compute nothing worth a line in a report when they stay in float.
@@ -44,7 +46,10 @@ def integer_record(
         name, kind = graph.name(node), graph.op(node).kind
         todo = plan.node(name)
         if todo.kernel is not None and name not in inspection.missed:
-            inside += macs.get(name, 0)
+            if todo.mode is None or todo.kernel in inspection.integer:
+                inside += macs.get(name, 0)
+                continue
+            islands.append(_stored_only(graph, plan, name, kind, macs))
             continue
         if todo.absorbed_by is not None or kind in SILENT or graph.is_constant(node):
             continue
@@ -65,6 +70,53 @@ def integer_record(
     }
 
 
+def _stored_only(graph: Graph, plan: Plan, name: str, kind: str, macs: Mapping[str, int]) -> dict[str, Any]:
+    """A float island whose weights are stored narrow."""
+    formats = {
+        str(plan.ties[tie].format).partition(" ")[0]
+        for edge, tie in plan.edges.items()
+        if edge.consumer == name and plan.ties[tie].source == "weight"
+    }
+    stored = " and ".join(sorted(formats)) or "floats"
+    reason = f"its weights alone are quantized ({stored}): it computes in float32"
+    return {"name": name, "op": kind, "reason": reason, "macs": macs.get(name, 0)}
+
+
+def storage_record(graph: Graph, plan: Plan, inspection: Inspection) -> list[dict[str, Any]]:
+    """How weights are stored and what they are computed in: storage and compute width apart.
+
+    Returns: `format`, `computes_in` (what the runtime's kernel multiplies them as), `tensors`, `values`, `bytes`
+        (codes, scales, zero points and tables at their true width) and `bits_per_value`.
+    """
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for edge, tie in plan.edges.items():
+        stored = plan.ties[tie]
+        if stored.source != "weight" or stored.scale is None:
+            continue
+        todo = plan.node(edge.consumer)
+        computes = inspection.computes.get(todo.kernel or "", "float32" if todo.mode == "weights" else "int8")
+        row = rows.setdefault(
+            (str(stored.format), computes),
+            {"format": str(stored.format), "computes_in": computes, "seen": {}},
+        )
+        row["seen"][edge.producer] = (graph.tensor(edge.producer).numel(), tie)
+    made = []
+    for row in rows.values():
+        seen = row.pop("seen")
+        values = sum(count for count, _ in seen.values())
+        bits = sum(storage_bits(count, grid_of(plan.ties[tie])) for count, tie in seen.values())
+        made.append(
+            {
+                **row,
+                "tensors": len(seen),
+                "values": values,
+                "bytes": -(-bits // 8),
+                "bits_per_value": bits / max(1, values),
+            }
+        )
+    return made
+
+
 def layer_bytes(graph: Graph, plan: Plan, name: str) -> tuple[int, int]:
     """(float bytes, stored bytes) of an operator's parameters."""
     before = after = 0
@@ -81,7 +133,8 @@ def layer_bytes(graph: Graph, plan: Plan, name: str) -> tuple[int, int]:
             after += value.numel() * value.element_size()
             continue
         stored = plan.ties[tie]
-        bits = 32 if stored.source == "bias" else stored.format.bits
-        after += (value.numel() * bits + 7) // 8
-        after += 0 if stored.scale is None or stored.source == "bias" else stored.scale.numel() * 5
+        if stored.source == "bias" or stored.scale is None:
+            after += value.numel() * 4
+        else:
+            after += -(-storage_bits(value.numel(), grid_of(stored)) // 8)
     return before, after

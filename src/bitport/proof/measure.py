@@ -27,14 +27,16 @@ from ..simulate import Simulator
 from ..targets._base import Target, host
 from . import cost
 from .distributions import distributions
-from .integer import integer_record, layer_bytes
+from .integer import integer_record, layer_bytes, storage_record
 from .network import network_record
 from .parity import LayerError, Parity
+from .plain import plain_record
 from .task import TaskAccumulator
 from .verdict import judge
 
 PARITY_SAMPLES = 256  # millions of integers; the simulator is slower than the runtime
 MIN_EXACT_SHARE = 0.99
+MIN_FLOAT_DB = 40.0  # where only floats can be compared; unasked 8-bit activations alone cost more
 SUSPICIOUS_STEPS = (
     32  # an eighth of the 8-bit range between an optimized kernel and the operators it replaces
 )
@@ -94,6 +96,13 @@ def measure(
         "notes": [],
     }
     parity = _run_task(subject, evaluation, metric, max_drop, progress, record)
+    if plan.quantized:
+        few = (batch.inputs for batch in evaluation)
+        record["plain"] = plain_record(subject.reference, graph, plan, target.arithmetic(), few)
+        record["storage"] = storage_record(graph, plan, inspection)
+    else:
+        for section in ("plain", "storage"):
+            _absent(record, section, "nothing is quantized")
     record["layers"] = _layers(subject, parity.layers if parity else {}, macs)
     record["network"] = network_record(graph, plan, inspection)
     if plan.quantized:
@@ -114,13 +123,25 @@ def measure(
 
 
 def _gates(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if "local" not in record["parity"]:
+    parity, plain = record["parity"], record["plain"]
+    if "local" not in parity:
         return []
-    share = record["parity"]["local"]["exact_share"]
-    verdict = "holds" if share >= MIN_EXACT_SHARE else "fails"
-    return [
-        {"name": "runtime equals simulation", "value": share, "limit": MIN_EXACT_SHARE, "verdict": verdict}
-    ]
+    gates = []
+    if parity["local"]["integers"]:
+        share = parity["local"]["exact_share"]
+        gates.append(_gate("runtime equals simulation", share, MIN_EXACT_SHARE, share >= MIN_EXACT_SHARE))
+    elif parity["outputs_db"] is not None:
+        decibel = parity["outputs_db"]
+        gates.append(_gate("runtime follows simulation (dB)", decibel, MIN_FLOAT_DB, decibel >= MIN_FLOAT_DB))
+    if not plain["holds"]:  # else it would be one more line that says nothing
+        gates.append(
+            _gate("no worse than plain rounding (dB)", plain["sqnr_db"], plain["plain_sqnr_db"], False)
+        )
+    return gates
+
+
+def _gate(name: str, value: float, limit: float, holds: bool) -> dict[str, Any]:
+    return {"name": name, "value": value, "limit": limit, "verdict": "holds" if holds else "fails"}
 
 
 # ------------------------------------------------------------------------------------------------ task, parity
@@ -255,7 +276,13 @@ def _layers(
                 _finite(error.simulated.sqnr_db),
                 _finite(error.runtime.sqnr_db),
             )
-            row["steps_max"], row["exact_share"] = error.local.worst, error.local.exact_share
+            if error.local.integers:
+                row["steps_max"], row["exact_share"] = error.local.worst, error.local.exact_share
+            else:
+                for key in ("sqnr_runtime_db", "steps_max", "exact_share"):
+                    _absent(
+                        row, key, "its result is float, which can't be watched without changing what runs"
+                    )
         rows.append(row)
     return rows
 

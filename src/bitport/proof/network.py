@@ -63,6 +63,11 @@ class _Picture:
         if todo.absorbed_by is not None:
             precision = self._leaves(name, node)
             self._add(node, name, kind, "fused", precision=precision, into=todo.absorbed_by, **facts)
+        elif todo.mode == "weights" and name not in self.inspection.missed:
+            reason = "its weights alone are stored narrow"
+            self._add(
+                node, name, kind, "compute", precision=FLOAT, kernel=todo.kernel, reason=reason, **facts
+            )
         elif todo.kernel is not None and name not in self.inspection.missed:
             precision = self._leaves(name, node)
             if precision == FLOAT:  # the last layer gives float numbers and still computes on integers
@@ -72,8 +77,8 @@ class _Picture:
         else:
             precision = _type(node)
             role = "index" if precision != FLOAT else "move" if kind in SILENT else "compute"
-            reason = self._reason(name, todo, role)
-            self._add(node, name, kind, role, precision=precision, reason=reason, **facts)
+            found = self._reason(name, todo, role)
+            self._add(node, name, kind, role, precision=precision, reason=found, **facts)
 
     def _reason(self, name: str, todo: NodePlan, role: str) -> str | None:
         found = self.inspection.missed.get(name) or todo.reason

@@ -7,7 +7,8 @@ float → simulated is what quantization cost, simulated → runtime what the co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..errors import TargetError
 from ..graph import Graph
 from ..numerics.error import ErrorStats
 from ..plan import Plan
+from ..plan.model import LOCAL
+from ..records import absent
 from ..simulate import Simulator
 from ..targets._base import Session
 
@@ -71,6 +74,8 @@ class Parity:
         self.outputs = ErrorStats()
         self.float_max_error = 0.0
         self.samples = 0
+        # operators that take and return floats: only their weights, or also what they read, are rounded
+        self.on_floats = {name for name, node in plan.nodes.items() if node.mode is not None}
 
     def update(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Compare one batch. Returns the simulator's own (end to end) outputs.
@@ -79,7 +84,7 @@ class Parity:
         """
         outputs, taps = self.session.run_tapped(inputs)
         reals: dict[str, Tensor] = {}
-        wanted = set(taps)
+        wanted = set(taps) | self.on_floats
 
         def keep(node: fx.Node, value: Any) -> None:
             name = self.reference.name(node)
@@ -101,7 +106,7 @@ class Parity:
             found[name] = (q, taps[name])
             return taps[name]
 
-        simulated = self.simulator.run(inputs, tap=local)
+        simulated = self.simulator.run(inputs, tap=local, watch=self._watching(reals))
         exact = all(torch.equal(ours, theirs) for ours, theirs in found.values())
         for name, (ours, theirs) in found.items():
             self._layer(name).local.update(ours, theirs)
@@ -116,8 +121,16 @@ class Parity:
         for ours, theirs in zip(simulated, outputs, strict=True):
             if ours.is_floating_point() and ours.numel():
                 self.float_max_error = max(self.float_max_error, float((ours - theirs).abs().max()))
+                self.outputs.update(ours, theirs)
         self.samples += len(inputs[0]) if inputs and inputs[0].dim() else 1
         return simulated
+
+    def _watching(self, reals: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
+        def look(name: str, value: Tensor) -> None:
+            if name in reals and name in self.on_floats:
+                self._layer(name).simulated.update(reals[name], value)
+
+        return look
 
     def _layer(self, name: str) -> LayerError:
         return self.layers.setdefault(name, LayerError())
@@ -129,19 +142,26 @@ class Parity:
         return (q - zero_point).float() * scale
 
     def record(self) -> dict[str, Any]:
-        """The `parity` section of a measurement. `edges`: quantized edges that activations cross."""
+        """The `parity` section of a measurement. `edges`: quantized edges that activations cross; `outputs_db`: the
+        simulation's outputs against their distance from the runtime's, null where they are equal."""
         local, whole = Steps(), Steps()
         for layer in self.layers.values():
             for total, part in ((local, layer.local), (whole, layer.end_to_end)):
                 total.integers += part.integers
                 total.equal += part.equal
                 total.worst = max(total.worst, part.worst)
-        edges = sum(
-            1 for tie in self.plan.edges.values() if self.plan.ties[tie].source not in ("weight", "bias")
-        )
-        return {
+        edges = sum(1 for tie in self.plan.edges.values() if self.plan.ties[tie].source not in LOCAL)
+        exact: dict[str, Any] = {
             "exact_share": min(local.exact_share, whole.exact_share),
             "max_steps": local.worst,
+        }
+        if not local.integers:
+            for key in tuple(exact):
+                absent(exact, key, "no activation is stored as integers: only float outputs can be compared")
+        decibel = self.outputs.sqnr_db
+        return {
+            **exact,
+            "outputs_db": decibel if math.isfinite(decibel) else None,
             "edges": edges,
             "tensors": len(self.layers),
             "samples": self.samples,

@@ -44,16 +44,18 @@ def check_tensor_options(key: str, table: Mapping[str, Any], path: str) -> None:
 
     Raises RecipeError naming the key and what is allowed.
     """
-    from bitport.formats import Format
     from bitport.numerics import ranges
     from bitport.plan import TensorOptions
+    from bitport.rules import GRANULARITIES
 
-    _check_fields(table, TensorOptions, path, without=() if key == "weights" else ("granularity",))
+    _check_fields(table, TensorOptions, path, without=("dynamic",) if key == "weights" else ("group",))
+    known = GRANULARITIES if key == "weights" else ("global", "tensor")
     granularity = table.get("granularity", "tensor")
-    if granularity not in ("tensor", "channel"):
-        raise RecipeError(f"{path}.granularity is {granularity!r}; known: channel, tensor")
+    if granularity not in known:
+        raise RecipeError(f"{path}.granularity is {granularity!r}; known: {', '.join(known)}")
     try:
-        Format.parse(table.get("format", "int8"))
+        options = TensorOptions(**table)
+        _ = options.for_weights(0) if key == "weights" else options.for_activations()
     except BitportError as error:
         raise RecipeError(f"{path}.format: {error}") from error
     try:

@@ -41,7 +41,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     chosen: Counter[bool] = Counter()
     for name, tie in plan.measured().items():
         histogram, fmt = histograms[name], tie.format
-        if getattr(tie, "choose", False):
+        if tie.choose:
             fmt = choose_symmetry(histogram, fmt, tie.range)
             chosen[fmt.symmetric] += 1
         minimum, maximum = estimate(histogram, fmt, tie.range)

@@ -10,9 +10,11 @@ import torch
 
 from ..errors import RecipeError
 from ..graph import Graph
+from ..numerics.codes import fit
 from ..numerics.quantize import qparams
-from ..numerics.ranges import weight_losses, weight_ranges
-from ..plan import Plan, TensorOptions, decide
+from ..numerics.ranges import choose_symmetry_of_weights, weight_losses, weight_ranges, weights_range
+from ..plan import Plan, TensorOptions, TensorPlan, decide
+from ..plan.constants import is_plain
 from ._base import Context
 
 
@@ -20,8 +22,8 @@ from ._base import Context
 class Options:
     """Knobs of `quantize`.
 
-    weights: format, granularity ("tensor" or "channel"), range.
-    activations: format, range, symmetric.
+    weights: format, granularity ("global", "tensor", "channel" or "group"), group, range, symmetric.
+    activations: format, range, symmetric, dynamic, granularity ("tensor" or "global").
     """
 
     weights: Mapping[str, Any] = field(default_factory=dict)
@@ -29,8 +31,8 @@ class Options:
 
 
 FINE_SCALE = 2.0**-20  # of weights that are all zero; `calibrate` raises it where a bias needs more room
-WEIGHTS = TensorOptions(format="int8", granularity="channel", range="minmax", symmetric=True)
-ACTIVATIONS = TensorOptions(format="int8", granularity="tensor", range="mse", symmetric=False)
+WEIGHTS = TensorOptions(format="int8", range="minmax")
+ACTIVATIONS = TensorOptions(format="int8", range="mse")
 
 
 def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[Graph, Plan]:
@@ -50,19 +52,31 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         raise RecipeError(
             f"nothing to do: no operator of this network can run in integers ({'; '.join(reasons)})"
         )
-    changed = {}
-    for name, tie in plan.ties.items():
-        if tie.source == "weight":
-            weight = graph.tensor(tie.members[0]).detach()
-            minimum, maximum = weight_ranges(weight, tie.format, tie.range)
-            scale, zero_point = qparams(minimum, maximum, tie.format)
-            losses = weight_losses(weight, tie.format, minimum, maximum, scale)
-            context.notes.extend(_lossy(tie.members[0], weight.numel(), *losses))
-            empty = (minimum == 0) & (maximum == 0)
-            # zeros fit any scale, but their bias is stored on it as well: a coarse one would round it away
-            scale = torch.where(empty, FINE_SCALE, scale)
-            changed[name] = replace(tie, scale=scale, zero_point=zero_point)
+    changed = {
+        name: _fitted(graph, tie, context) for name, tie in plan.ties.items() if tie.source == "weight"
+    }
     return graph, plan.with_ties(changed)
+
+
+def _fitted(graph: Graph, tie: TensorPlan, context: Context) -> TensorPlan:
+    """A weight's tie with its parameters."""
+    fmt, weights = tie.format, [graph.tensor(member).detach() for member in tie.members]
+    if len(weights) > 1 and fmt.is_int:
+        scale, zero_point = qparams(*weights_range(weights, fmt, tie.range), fmt)
+        return replace(tie, scale=scale, zero_point=zero_point)
+    weight = weights[0] if len(weights) == 1 else torch.cat([w.reshape(-1) for w in weights])
+    if tie.choose:
+        fmt = choose_symmetry_of_weights(weight, fmt, tie.range)
+    grid = fit(weight, fmt, tie.range)
+    scale = grid.scale
+    if is_plain(fmt):
+        minimum, maximum = weight_ranges(weight, fmt, tie.range)
+        losses = weight_losses(weight, fmt, minimum, maximum, scale)
+        context.notes.extend(_lossy(" and ".join(tie.members[:2]), weight.numel(), *losses))
+        empty = (minimum == 0) & (maximum == 0)
+        # zeros fit any scale, but their bias is stored on it as well: a coarse one would round it away
+        scale = torch.where(empty, FINE_SCALE, scale)
+    return replace(tie, format=fmt, choose=False, scale=scale, zero_point=grid.zero_point, table=grid.table)
 
 
 def _lossy(name: str, values: int, clipped: int, flushed: int, channel: int) -> list[str]:

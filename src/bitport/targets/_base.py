@@ -27,6 +27,7 @@ class Inspection:
         kernels: user-facing operator name → operator types that run it.
         counts: operator type → how many there are.
         integer: those operator types that compute on integers.
+        computes: kernel → what it multiplies weights as, where that isn't int8.
         missed: operators that the plan wanted in integers and the runtime left in float, with the reason.
     """
 
@@ -34,6 +35,7 @@ class Inspection:
     counts: Mapping[str, int]
     missed: Mapping[str, str] = field(default_factory=dict)
     integer: frozenset[str] = frozenset()
+    computes: Mapping[str, str] = field(default_factory=dict)
 
 
 class Session(ABC):

@@ -17,14 +17,20 @@ from ..graph import Graph
 from ..graph.archive import load_pt2, save_pt2
 from ..plan import Plan
 from ..rules import (
+    ANY_WEIGHT,
+    DECODED,
     Derived,
     Fixed,
     Free,
+    Holds,
+    Mode,
     OpRule,
+    Ranged,
     Ruleset,
     Shared,
     Weight,
     constant_parameters,
+    constant_weight,
     positive_factor,
     zero_padding,
 )
@@ -66,6 +72,28 @@ class Null(Target):
                 clamps=True,
                 when=constant_parameters,
             ),
+            *(
+                OpRule(
+                    (kind,),
+                    (None if mode == "weights" else Ranged(), Weight(axis), None),
+                    None,
+                    DECODED if mode == "weights" else "simulated",
+                    "compute",
+                    mode=mode,
+                    when=constant_weight,
+                )
+                for mode in ("dynamic", "weights")
+                for kind, axis in (("conv", 0), ("linear", 0), ("conv_transpose", 1))
+            ),
+            OpRule(
+                ("embedding",),
+                (None, Weight(0)),
+                None,
+                "simulated",
+                "compute",
+                mode="weights",
+                when=constant_weight,
+            ),
             OpRule(("matmul",), free, Free(), "simulated", "compute"),
             OpRule(("add", "mul"), free, Free(), "simulated", "elementwise", clamps=True),
             OpRule(
@@ -80,8 +108,14 @@ class Null(Target):
             OpRule(("embedding",), (None, Shared()), Shared(), "simulated", "move"),
             OpRule(MOVES, (Shared(),), Shared(), "simulated", "move", when=zero_padding),
         )
-        widths = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 17))
-        return Ruleset(self.name, rows, activations=widths, weights=widths)
+        modes: tuple[Mode, ...] = ("static", "dynamic", "weights")
+        return Ruleset(
+            self.name,
+            rows,
+            activations=Holds(low=-(2**15), high=2**16 - 1, granularities=("global", "tensor")),
+            weights=dict.fromkeys(modes, ANY_WEIGHT),
+            widths=(),
+        )
 
     def arithmetic(self) -> Arithmetic:
         return Arithmetic()

@@ -11,14 +11,19 @@ from torch import fx
 
 from ...graph import Graph, Op
 from ...rules import (
+    ANY_WEIGHT,
+    DECODED,
     Derived,
     Fixed,
     Free,
+    Holds,
     OpRule,
+    Ranged,
     Ruleset,
     Shared,
     Weight,
     constant_parameters,
+    constant_weight,
     positive_factor,
     zero_padding,
 )
@@ -32,6 +37,9 @@ MOVES = (
     "view", "transpose", "expand", "slice", "select", "squeeze", "unsqueeze", "split", "getitem", "cat",
     "max_pool", "pad",
 )  # fmt: skip
+
+# What MatMulNBits multiplies with; other widths are stored as they are and decoded when the file is loaded.
+BLOCKWISE = Holds(low=-128, high=255, bits=(2, 4, 8), granularities=("group",), groups=(16, 32, 64, 128, 256))
 
 REASONS = {
     "hardswish": "ONNX Runtime runs hard-swish as two float operators",
@@ -84,6 +92,23 @@ def ruleset(*, integer_io: bool = False) -> Ruleset:
             ("linear",), (Free(), Weight(0), Derived("bias")), Free(), "QGemm", "compute",
             clamps=True, float_output=True, when=_contraction,
         ),
+        OpRule(
+            ("linear",), (Ranged(), Weight(0), None), None, "DynamicQuantizeMatMul", "compute",
+            mode="dynamic", when=constant_weight,
+        ),
+        OpRule(
+            ("linear",), (None, Weight(0), None), None, "MatMulNBits", "compute",
+            mode="weights", when=constant_weight, holds=BLOCKWISE,
+        ),
+        OpRule(
+            ("conv", "linear"), (None, Weight(0), None), None, DECODED, "compute",
+            mode="weights", when=constant_weight,
+        ),
+        OpRule(
+            ("conv_transpose",), (None, Weight(1), None), None, DECODED, "compute",
+            mode="weights", when=constant_weight,
+        ),
+        OpRule(("embedding",), (None, Weight(0)), None, DECODED, "compute", mode="weights", when=constant_weight),
         OpRule(("matmul",), (Free(),), Free(), "QLinearMatMul", "compute", float_output=True),
         OpRule(("add",), (Free(),), Free(), "QLinearAdd", "elementwise", clamps=True, when=_plain_add),
         OpRule(("mul",), (Free(),), Free(), "QLinearMul", "elementwise", clamps=True),
@@ -98,8 +123,13 @@ def ruleset(*, integer_io: bool = False) -> Ruleset:
     return Ruleset(
         "onnxruntime",
         rows,
-        activations=("int8",),
-        weights=("int8", "int8n"),
+        activations=Holds(granularities=("global", "tensor")),
+        weights={
+            "static": Holds(symmetric=True),
+            "dynamic": Holds(symmetric=True),
+            "weights": ANY_WEIGHT,
+        },
+        widths=(2, 4, 8, 16),
         stored=("int16",),
         reasons=REASONS,
         fixed={"softmax": (0.0, 1.0)},
