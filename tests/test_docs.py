@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
 import shlex
@@ -171,6 +172,28 @@ def test_ranges_page_tells_every_estimator_and_mapping() -> None:
     }
     public = {name for name in made if name[0] not in "_M"}
     assert set(re.findall(r"^\| `(\w+)` \|", second, re.MULTILINE)) == public
+
+
+def test_ranges_page_figures_are_measured() -> None:
+    """Recomputed with the page's own functions; a tenth of a dB may go to rounding and to another torch."""
+    scope: dict[str, Any] = {}
+    exec(next(block.text for block in blocks("ranges.md") if block.language == "python"), scope)
+    text, row = (
+        (DOCS / "ranges.md").read_text(encoding="utf-8"),
+        r"^\| `(\w+)`(?:, q = ([\d.]+))? \|([-\d. |]+)\|$",
+    )
+    tables = re.findall(r"^\| (int\d) \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert [name for name, _ in tables] == ["int8", "int4"]
+    for fmt, table in tables:
+        found = re.findall(row, table, re.MULTILINE)
+        assert {name for name, _, _ in found} == set(ranges.known()) - {"fixed"}
+        for name, q, figures in found:
+            spec = {"use": name, "q": float(q)} if q else name
+            for values, said in zip(("usual", "spoilt", "relu", "sparse"), figures.split("|"), strict=True):
+                judged = scope["usual" if values == "spoilt" else values]
+                noise = scope["noise"](judged, scope["chosen"](scope[values], spec, fmt), fmt)
+                decibels = 10 * math.log10(float(judged.double().square().mean()) / noise)
+                assert float(said) == pytest.approx(decibels, abs=0.15), (fmt, name, values)
 
 
 def test_ranges_page_code_runs() -> None:

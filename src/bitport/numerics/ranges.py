@@ -33,6 +33,7 @@ from bitport.numerics.estimators import (
     percentile,
 )
 from bitport.numerics.histogram import Histogram
+from bitport.numerics.rows import scale_shape
 from bitport.numerics.search import expected_error, mse, search, squared_errors
 
 __all__ = [
@@ -129,7 +130,8 @@ def weight_ranges(w: Tensor, fmt: Format, spec: Spec) -> tuple[Tensor, Tensor]:
             low_R, high_R = _through_histograms(w_RV, fmt, function, options)
         lows.append(low_R.reshape(part.shape[:2]))
         highs.append(high_R.reshape(part.shape[:2]))
-    return _shaped(torch.cat(lows, 1), fmt), _shaped(torch.cat(highs, 1), fmt)
+    shape = scale_shape(w.shape, fmt)
+    return torch.cat(lows, 1).reshape(shape), torch.cat(highs, 1).reshape(shape)
 
 
 def weights_range(tensors: Iterable[Tensor], fmt: Format, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -245,31 +247,20 @@ def _choose(fmt: Format, error: Callable[[Format], float]) -> Format:
 def _parts(w: Tensor, fmt: Format) -> list[Tensor]:
     """w cut into what shares a range: [C, G, V] without the tails, and [C, 1, V] of the shorter tails.
 
-    C and G are 1 where the format has no channels or groups. There is always a first part.
+    C and G are 1 where the format has no channels or groups. There is always a first part. Unlike `rows.rows`, nothing
+    fills up a tail: a zero more would change its percentiles and moments.
     """
-    if fmt.granularity not in ("channel", "group"):
+    shape = scale_shape(w.shape, fmt)
+    if shape == ():
         return [w.reshape(1, 1, -1)]
-    if fmt.axis is None or not -w.ndim <= fmt.axis < w.ndim:
-        raise FormatError(
-            f"format {fmt} needs a channel axis of a weight with {w.ndim} dimensions: write "
-            f"{'channel(AXIS)' if fmt.granularity == 'channel' else 'group(SIZE,AXIS)'}"
-        )
-    moved = w.movedim(fmt.axis, 0)
-    channels = moved.shape[0]
-    w_CK = moved.reshape(channels, moved.numel() // max(channels, 1))
+    channels = shape[0]
+    w_CK = w.movedim(fmt.axis or 0, 0).reshape(channels, w.numel() // max(channels, 1))
     if fmt.granularity == "channel":
         return [w_CK[:, None]]
     whole = w_CK.shape[1] // fmt.group * fmt.group
     grouped = w_CK[:, :whole].reshape(channels, whole // fmt.group, fmt.group)
     tail = w_CK[:, None, whole:]
     return [part for part in (grouped, tail) if part.shape[1] and part.shape[2]] or [grouped]
-
-
-def _shaped(ends_CG: Tensor, fmt: Format) -> Tensor:
-    """[C, G] as the format's scales are shaped."""
-    if fmt.granularity == "group":
-        return ends_CG
-    return ends_CG.reshape(-1) if fmt.granularity == "channel" else ends_CG.reshape(())
 
 
 def _through_histograms(
