@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .formats import Format
     from .metrics import Metric
     from .recipe import Recipe
+    from .recover import dequantize, requantize
 
 __version__ = "0.1.0"
 
@@ -52,8 +53,10 @@ _LAZY = {
     "Metric": "metrics",
     "Recipe": "recipe",
     "compress": "api",
+    "dequantize": "recover",
     "load": "api",
     "report": "api",
+    "requantize": "recover",
     "verify": "api",
 }
 
@@ -82,8 +85,10 @@ __all__ = [
     "UnsafeFile",
     "WeightsError",
     "compress",
+    "dequantize",
     "load",
     "report",
+    "requantize",
     "targets",
     "verify",
 ]

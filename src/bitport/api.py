@@ -19,12 +19,12 @@ from .artifact import Artifact, make_target
 from .checkpoint import Checkpoint, identity, keeping, run_steps
 from .data import Batch, Source, open_data, read_arrays
 from .errors import BitportError, DataError, GateFailed, LoadError, RecipeError
+from .forecast import inspect
 from .frontends import pytorch
 from .graph import Graph
 from .graph.archive import check_weights, load_pt2
 from .metrics import Metric
 from .page import render
-from .plan import Plan, decide
 from .progress import NullProgress, Progress
 from .proof import cost, device, doubts
 from .proof.measure import Subject, measure
@@ -33,14 +33,11 @@ from .recipe import Recipe
 from .records import Measurement
 from .simulate import Simulator
 from .steps import _base as steps
-from .steps.quantize import ACTIVATIONS, WEIGHTS
-from .targets._base import Target, has_integer_dot_product, host
+from .targets._base import Target
 
 __all__ = ["compress", "inspect", "load", "report", "targets", "verify"]
 
 REPORT_BYTES = 8 * 2**20
-SMALL = 5_000_000  # MACs: networks around a million measured anything from 0.96 to 2.3 times
-SPEED_SHARE = 0.5  # an integer share of MACs below this seldom makes a network faster
 
 
 def load(
@@ -103,6 +100,7 @@ def compress(
     device: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """Compress a network for a runtime, run it there, and publish the artifact with its proof.
 
@@ -120,6 +118,7 @@ def compress(
         device: where the float passes of calibration run, as torch names it ("cuda"); the proof is of the runtime.
         seed: of every random choice. The caller's own random state is untouched.
         progress: listens to long work.
+        origin: what the network was made from, for the record, where it isn't the trained float network itself.
 
     Raises:
         WeightsError: parameters hold NaN or infinite values.
@@ -174,8 +173,10 @@ def compress(
             work, plan = state.graph, state.plan
             ending.enter_context(keeping(checkpoint, state, explicit))
             artifacts.write(workspace.path, work, graph, plan, explicit, runtime)
-        facts = {"recipe": explicit.name, "seed": seed}
-        subject = Subject(workspace.path, _reference(graph, work), work, plan, runtime, facts)
+        reference = _reference(graph, work)
+        artifacts.write_statistics(workspace.path, reference, plan, calibration)
+        facts = {"recipe": explicit.name, "seed": seed, **({"origin": dict(origin)} if origin else {})}
+        subject = Subject(workspace.path, reference, work, plan, runtime, facts)
         artifacts.write_sample(workspace.path, work, tuple(first.inputs), runtime.open(workspace.path))
         record = measure(subject, judged, chosen, max_drop, progress)
         record["notes"] = [
@@ -313,37 +314,6 @@ def targets() -> dict[str, dict[str, Any]]:
     return found
 
 
-def inspect(graph: Graph, target: str | None = None) -> dict[str, Any]:
-    """Layers, parameters and MACs; with a target, what it would run in integers and the speed to expect.
-
-    Nothing is calibrated or exported: the forecast reads the target's rules.
-    """
-    macs = cost.macs(graph)
-    if target is None:
-        layers = [
-            _layer(graph, name, macs) for name in map(graph.name, graph.nodes()) if _worth(graph, name, macs)
-        ]
-        return {"layers": layers, "totals": _totals(graph, macs), "notes": list(graph.notes), "host": host()}
-    runtime = make_target(target)
-    work = graph.clone()
-    registry.get("steps", "fold").simplify(work)
-    plan = decide(work, runtime.rules(), weights=WEIGHTS, activations=ACTIVATIONS)
-    macs = cost.macs(work)
-    layers = [
-        _layer(work, name, macs, plan) for name in map(work.name, work.nodes()) if _worth(work, name, macs)
-    ]
-    totals = _totals(work, macs)
-    share = sum(macs[name] for name in macs if plan.node(name).kernel) / max(1, sum(macs.values()))
-    return {
-        "target": target,
-        "layers": layers,
-        "totals": {**totals, "mac_share": share},
-        "speed": _forecast(work, plan, macs, share, runtime),
-        "notes": list(graph.notes),
-        "host": host(),
-    }
-
-
 # ------------------------------------------------------------------------------------------------ parts
 
 
@@ -437,58 +407,3 @@ def _moved(opened: Artifact, subject: Subject, target: str, scratch: Path) -> Su
     other = make_target(target)
     artifacts.write(scratch, subject.graph, opened.original, subject.plan, opened.recipe, other)
     return Subject(scratch, subject.reference, subject.graph, subject.plan, other, subject.facts)
-
-
-def _worth(graph: Graph, name: str, macs: Mapping[str, int]) -> bool:
-    from .proof.integer import SILENT
-
-    return name in macs or graph.op(graph.node(name)).kind not in SILENT
-
-
-def _layer(graph: Graph, name: str, macs: Mapping[str, int], plan: Plan | None = None) -> dict[str, Any]:
-    node = graph.node(name)
-    op = graph.op(node)
-    parameters = sum(
-        graph.tensor(o.tensor).numel() for o in op.operands if o is not None and o.tensor is not None
-    )
-    row: dict[str, Any] = {
-        "name": name,
-        "op": op.kind,
-        "shape": list(graph.shape(node) or ()),
-        "parameters": parameters,
-        "macs": macs.get(name, 0),
-    }
-    if plan is not None:
-        todo = plan.node(name)
-        fused = todo.absorbed_by
-        row["kernel"] = todo.kernel or (f"fused into {fused}" if fused else None)
-        row["integer"] = bool(todo.kernel or fused)
-        row["reason"] = todo.reason
-    return row
-
-
-def _totals(graph: Graph, macs: Mapping[str, int]) -> dict[str, Any]:
-    parameters = list(graph.gm.parameters())
-    return {
-        "parameters": sum(p.numel() for p in parameters),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "macs": sum(macs.values()),
-    }
-
-
-def _forecast(graph: Graph, plan: Plan, macs: Mapping[str, int], share: float, runtime: Target) -> str:
-    if not runtime.executes_integers:
-        return "none: it is a simulation"
-    if not has_integer_dot_product():
-        return "little: this CPU has no 8-bit dot product (VNNI), so int8 gains mainly size"
-    if share < SPEED_SHARE:
-        return f"little or none: only {share:.0%} of the MACs would run in integers"
-    depthwise = sum(
-        count for name, count in macs.items()
-        if graph.op(graph.node(name)).attrs.get("groups", 1) > 1
-    )  # fmt: skip
-    if depthwise > 0.1 * max(1, sum(macs.values())):
-        return "uncertain: depthwise convolutions are seldom faster in int8; measure it"
-    if sum(macs.values()) < SMALL:
-        return "uncertain: the network is so small that overheads decide; measure it"
-    return f"up to about 3 times ({share:.0%} of the MACs in integers, VNNI present)"

@@ -4,6 +4,7 @@ model.onnx …          the deployed file(s) of the target
 graph.pt2             float graph, weights on their grid; with plan.json applied it is the simulated network
 plan.json             what is quantized and how
 recipe.toml           the explicit steps that made it
+statistics.safetensors  means and deviations of the float network's layers on calibration samples
 reference/            the original network through the same exporter (model file and graph.pt2)
 sample.npz            golden inputs and outputs of the deployed file
 measurements.json     the proof; report.html renders it
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -23,16 +25,17 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, fx
 
 from . import records, registry, store
-from .data import Batch
+from .data import Batch, Source
 from .data.batch import check_inputs, to_flat
 from .errors import ArtifactError, GraphError, first_line
 from .graph import Graph
 from .graph.archive import load_pt2, save_pt2
 from .graph.graph import InputSpec
-from .graph.simplify import simplify
+from .graph.simplify import CONTRACTIONS, simplify
+from .numerics.moments import ChannelMoments
 from .plan import Plan
 from .plan.constants import Coded
 from .plan.lower import BYTE
@@ -43,7 +46,8 @@ from .records import Measurement
 from .targets._base import Session, Target
 
 GRAPH, PLAN, RECIPE, SAMPLE = "graph.pt2", "plan.json", "recipe.toml", "sample.npz"
-WEIGHTS = "weights.safetensors"
+WEIGHTS, STATISTICS = "weights.safetensors", "statistics.safetensors"
+STATISTIC_SAMPLES = 256
 MEASUREMENTS, REPORT = "measurements.json", "report.html"
 MANIFEST = store.MANIFEST
 SAMPLES = 16  # golden pairs kept
@@ -107,12 +111,7 @@ class Artifact:
         path = self.path / WEIGHTS
         if not path.exists():
             return {}
-        try:
-            with safe_open(path, "pt") as file:
-                notes = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(f"{WEIGHTS} can't be read ({first_line(error)}): make it again") from error
+        tensors, notes = _read_tensors(path)
         return {key: unpacked_weight(tensors, notes, key) for key in notes if key != "schema"}
 
     @cached_property
@@ -186,6 +185,69 @@ def write(folder: Path, graph: Graph, original: Graph, plan: Plan, recipe: Recip
         tensors, notes = packed_weights(graph, plan)
         (folder / WEIGHTS).write_bytes(save(tensors, notes))
     (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
+
+
+def write_statistics(folder: Path, reference: Graph, plan: Plan, calibration: Source) -> None:
+    """Mean and deviation per channel of what each layer of the float network puts out, on calibration samples.
+
+    They are what is needed to make floats of the artifact again (`recover.dequantize`).
+    """
+    if not plan.quantized:
+        return
+    layers = {
+        node: reference.name(node) for node in reference.nodes() if reference.op(node).kind in CONTRACTIONS
+    }
+    found = {name: ChannelMoments() for name in layers.values()}
+
+    def look(node: fx.Node, value: Any) -> None:
+        if node in layers:
+            found[layers[node]].update(value, channel_axis(reference.op(node).kind))
+
+    reference.gm.eval()
+    with torch.no_grad():
+        for inputs in few_samples(calibration):
+            reference.run(*inputs, on_value=look)
+    tensors: dict[str, Tensor] = {}
+    for name, moments in found.items():
+        tensors[f"{name}.mean"], tensors[f"{name}.deviation"] = moments.moments()
+    (folder / STATISTICS).write_bytes(save(tensors, {"schema": "1"}))
+
+
+def read_statistics(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """(mean, deviation) by layer. Raises ArtifactError where they are missing or malformed."""
+    tensors, _ = _read_tensors(folder / STATISTICS)
+    means = {key.removesuffix(".mean"): value for key, value in tensors.items() if key.endswith(".mean")}
+    if means.keys() != {key.removesuffix(".deviation") for key in tensors if key.endswith(".deviation")}:
+        raise ArtifactError(f"{STATISTICS} is malformed: compress the network again")
+    return {name: (mean, tensors[f"{name}.deviation"]) for name, mean in means.items()}
+
+
+def channel_axis(kind: str) -> int:
+    """Which axis of a layer's output has the channels."""
+    return -1 if kind == "linear" else 1
+
+
+def few_samples(source: Source) -> Iterator[tuple[Tensor, ...]]:
+    """Inputs of the first batches, until there are `STATISTIC_SAMPLES` of them."""
+    seen = 0
+    for batch in source:
+        inputs = tuple(batch.inputs)
+        yield inputs
+        seen += len(inputs[0]) if inputs and inputs[0].dim() else 1
+        if seen >= STATISTIC_SAMPLES:
+            return
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, notes) of a .safetensors file. Raises ArtifactError."""
+    try:
+        with safe_open(path, "pt") as file:
+            notes = file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, notes  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path.name} can't be read ({first_line(error)}): make the artifact again"
+        ) from error
 
 
 def write_sample(folder: Path, graph: Graph, inputs: tuple[Tensor, ...], session: Session) -> None:

@@ -1,0 +1,102 @@
+"""What a network holds, and what a target would make of it, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from . import registry
+from .artifact import make_target
+from .graph import Graph
+from .plan import Plan, decide
+from .proof import cost
+from .proof.integer import SILENT
+from .steps.quantize import ACTIVATIONS, WEIGHTS
+from .targets._base import Target, has_integer_dot_product, host
+
+SMALL = 5_000_000  # MACs: networks around a million measured anything from 0.96 to 2.3 times
+SPEED_SHARE = 0.5  # an integer share of MACs below this seldom makes a network faster
+
+
+def inspect(graph: Graph, target: str | None = None) -> dict[str, Any]:
+    """Layers, parameters and MACs; with a target, what it would run in integers and the speed to expect.
+
+    Nothing is calibrated or exported: the forecast reads the target's rules.
+    """
+    macs = cost.macs(graph)
+    if target is None:
+        layers = [
+            _layer(graph, name, macs) for name in map(graph.name, graph.nodes()) if _worth(graph, name, macs)
+        ]
+        return {"layers": layers, "totals": _totals(graph, macs), "notes": list(graph.notes), "host": host()}
+    runtime = make_target(target)
+    work = graph.clone()
+    registry.get("steps", "fold").simplify(work)
+    plan = decide(work, runtime.rules(), weights=WEIGHTS, activations=ACTIVATIONS)
+    macs = cost.macs(work)
+    layers = [
+        _layer(work, name, macs, plan) for name in map(work.name, work.nodes()) if _worth(work, name, macs)
+    ]
+    totals = _totals(work, macs)
+    share = sum(macs[name] for name in macs if plan.node(name).kernel) / max(1, sum(macs.values()))
+    return {
+        "target": target,
+        "layers": layers,
+        "totals": {**totals, "mac_share": share},
+        "speed": _forecast(work, plan, macs, share, runtime),
+        "notes": list(graph.notes),
+        "host": host(),
+    }
+
+
+def _worth(graph: Graph, name: str, macs: Mapping[str, int]) -> bool:
+    return name in macs or graph.op(graph.node(name)).kind not in SILENT
+
+
+def _layer(graph: Graph, name: str, macs: Mapping[str, int], plan: Plan | None = None) -> dict[str, Any]:
+    node = graph.node(name)
+    op = graph.op(node)
+    parameters = sum(
+        graph.tensor(o.tensor).numel() for o in op.operands if o is not None and o.tensor is not None
+    )
+    row: dict[str, Any] = {
+        "name": name,
+        "op": op.kind,
+        "shape": list(graph.shape(node) or ()),
+        "parameters": parameters,
+        "macs": macs.get(name, 0),
+    }
+    if plan is not None:
+        todo = plan.node(name)
+        fused = todo.absorbed_by
+        row["kernel"] = todo.kernel or (f"fused into {fused}" if fused else None)
+        row["integer"] = bool(todo.kernel or fused)
+        row["reason"] = todo.reason
+    return row
+
+
+def _totals(graph: Graph, macs: Mapping[str, int]) -> dict[str, Any]:
+    parameters = list(graph.gm.parameters())
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "macs": sum(macs.values()),
+    }
+
+
+def _forecast(graph: Graph, plan: Plan, macs: Mapping[str, int], share: float, runtime: Target) -> str:
+    if not runtime.executes_integers:
+        return "none: it is a simulation"
+    if not has_integer_dot_product():
+        return "little: this CPU has no 8-bit dot product (VNNI), so int8 gains mainly size"
+    if share < SPEED_SHARE:
+        return f"little or none: only {share:.0%} of the MACs would run in integers"
+    depthwise = sum(
+        count for name, count in macs.items()
+        if graph.op(graph.node(name)).attrs.get("groups", 1) > 1
+    )  # fmt: skip
+    if depthwise > 0.1 * max(1, sum(macs.values())):
+        return "uncertain: depthwise convolutions are seldom faster in int8; measure it"
+    if sum(macs.values()) < SMALL:
+        return "uncertain: the network is so small that overheads decide; measure it"
+    return f"up to about 3 times ({share:.0%} of the MACs in integers, VNNI present)"
