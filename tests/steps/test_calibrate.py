@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,18 +10,10 @@ from tests.flow import Net, Prepared, context, conv, images, prepare
 from torch.nn import functional as F
 
 from bitport.numerics.ranges import estimate
-from bitport.plan import TensorPlan
 from bitport.steps._base import make
 from bitport.steps.calibrate import observe
 
 AVERAGE = {"use": "moving_average", "momentum": 0.5}
-
-
-@dataclass(frozen=True)
-class Open(TensorPlan):
-    """A tie whose plan leaves open whether it is symmetric."""
-
-    choose: bool = True
 
 
 def joined() -> Prepared:
@@ -80,12 +72,17 @@ def test_symmetry_is_chosen_by_measured_error_where_the_plan_leaves_it_open() ->
     names = list(prepared.plan.measured())
     relu = next(name for name in names if name != "x" and "b" not in prepared.plan.ties[name].members)
     opened = prepared.plan.with_ties(
-        {name: Open(**vars(tie)) for name, tie in prepared.plan.measured().items() if name in ("x", relu)}
+        {
+            name: replace(tie, choose=True)
+            for name, tie in prepared.plan.measured().items()
+            if name in ("x", relu)
+        }
     )
     settings = context(prepared.reference, prepared.target, batches)
     _, plan = make("calibrate", {})(prepared.reference.clone(), opened, settings)
     assert plan.ties["x"].format.symmetric and int(plan.ties["x"].parameters()[1]) == 0
     assert not plan.ties[relu].format.symmetric and int(plan.ties[relu].parameters()[1]) == -128
+    assert not any(tie.choose for tie in plan.ties.values())
     for name in set(names) - {"x", relu}:
         assert plan.ties[name].format == prepared.plan.ties[name].format
     assert {"1 tensors symmetric, 1 asymmetric, each by its expected error"} <= {
@@ -98,10 +95,16 @@ def test_symmetry_stays_as_planned_otherwise() -> None:
     half = images(8)
     prepared = prepare(net, [torch.cat([half, -half])])
     assert not prepared.plan.ties["x"].format.symmetric
-    closed = {
-        name: replace(Open(**vars(tie)), choose=False) for name, tie in prepared.plan.measured().items()
-    }
+    assert not any(tie.choose for tie in prepared.plan.ties.values())
     settings = context(prepared.reference, prepared.target, [half])
-    _, plan = make("calibrate", {})(prepared.reference.clone(), prepared.plan.with_ties(closed), settings)
+    _, plan = make("calibrate", {})(prepared.reference.clone(), prepared.plan, settings)
     assert not plan.ties["x"].format.symmetric
     assert all(row["what"] != "symmetric ranges" for row in settings.tried)
+
+
+def test_a_recipe_can_ask_for_the_choice() -> None:
+    half = images(8)
+    net = Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv(8, 4))
+    prepared = prepare(net, [torch.cat([half, -half])], activations={"symmetric": "auto"})
+    found = {name: prepared.plan.ties[name].format.symmetric for name in prepared.plan.measured()}
+    assert found["x"] and not all(found.values())

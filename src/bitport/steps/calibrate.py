@@ -48,7 +48,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         scale, zero_point = qparams(
             torch.tensor(minimum, dtype=torch.float64), torch.tensor(maximum, dtype=torch.float64), fmt
         )
-        changed[name] = replace(tie, format=fmt, scale=scale, zero_point=zero_point)
+        changed[name] = replace(tie, format=fmt, scale=scale, zero_point=zero_point, choose=False)
     estimators = Counter(
         str(tie.range if isinstance(tie.range, str) else dict(tie.range)) for tie in changed.values()
     )
