@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,8 +20,10 @@ from ...rules import Ruleset
 from ...simulate import Arithmetic
 from .._base import Inspection, Session, Target
 from .arithmetic import FLOAT_OPS, KERNELS
+from .blockwise import LEVELS, ROUNDS_ACTIVATIONS
 from .ends import read_ends
-from .export import AGAIN, U8_OFFSET, export_model
+from .export import ROUNDING, U8_OFFSET, export_model
+from .inspect import inspected
 from .table import ruleset
 
 OPSETS = range(18, 24)
@@ -45,6 +45,7 @@ class OnnxRuntime(Target):
         "opset": 20,
         "provider": "CPUExecutionProvider",
         "io": "float",
+        "accuracy_level": ROUNDS_ACTIVATIONS,
     }
 
     def check_options(self) -> None:
@@ -56,6 +57,11 @@ class OnnxRuntime(Target):
             )
         if self.options["io"] not in ("float", "integer"):
             raise RecipeError(f"[target] io = {self.options['io']!r}: expected 'float' or 'integer'")
+        if self.options["accuracy_level"] not in LEVELS:
+            raise RecipeError(
+                f"[target] accuracy_level = {self.options['accuracy_level']}: expected 0 or 1 (MatMulNBits multiplies "
+                f"float activations) or {ROUNDS_ACTIVATIONS} (it rounds them to 8 bits block by block, and is faster)"
+            )
 
     def rules(self) -> Ruleset:
         return ruleset(integer_io=self.options["io"] == "integer")
@@ -66,7 +72,12 @@ class OnnxRuntime(Target):
     def export(self, graph: Graph, plan: Plan, folder: Path) -> None:
         integer_io = self.options["io"] == "integer" and plan.quantized
         export_model(
-            graph, plan, folder / self.model_file, opset=self.options["opset"], integer_io=integer_io
+            graph,
+            plan,
+            folder / self.model_file,
+            opset=self.options["opset"],
+            integer_io=integer_io,
+            accuracy_level=self.options["accuracy_level"],
         )
 
     def open(self, folder: Path, *, taps: bool = False, optimize: bool = True) -> Session:
@@ -79,20 +90,7 @@ class OnnxRuntime(Target):
             dump = Path(scratch) / "optimized.onnx"
             self._session(folder / self.model_file, taps=taps, dump=dump)
             nodes = onnx.load(dump, load_external_data=False).graph.node
-        kernels: dict[str, list[str]] = {}
-        for node in nodes:
-            kernels.setdefault(_user_name(node.name), []).append(node.op_type)
-        missed = {}
-        for name, todo in plan.nodes.items():
-            if todo.kernel and todo.role in ("compute", "elementwise"):
-                # a rounding alone runs under the name of the quantized tensor
-                ran = [*kernels.get(name, []), *kernels.get((todo.absorbs or name) + QUANTIZED, [])]
-                if not any(kind in ran for kind in ALIASES.get(todo.kernel, (todo.kernel,))):
-                    as_what = ", ".join(ran) or "nothing by that name"
-                    missed[name] = f"ONNX Runtime did not fuse it into {todo.kernel}: it ran as {as_what}"
-        integer = frozenset(kind for kind in (n.op_type for n in nodes) if kind.startswith(INTEGER_KERNELS))
-        found = {name: tuple(kinds) for name, kinds in kernels.items()}
-        return Inspection(found, Counter(n.op_type for n in nodes), missed, integer)
+        return inspected(nodes, onnx.load(folder / self.model_file, load_external_data=False), plan)
 
     def _session(
         self, path: Path, *, taps: bool = False, optimize: bool = True, dump: Path | None = None
@@ -119,19 +117,6 @@ class OnnxRuntime(Target):
             raise TargetError(f"ONNX Runtime can't load {path.name}: {first_line(error)}") from error
 
 
-INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger")
-
-# What a kernel may be called in the optimized file (the NHWC and com.microsoft forms compute the same integers).
-ALIASES = {
-    "QLinearMatMul": ("QLinearMatMul", "MatMulIntegerToFloat"),
-}
-
-
-def _user_name(name: str) -> str:
-    """ONNX Runtime appends its own suffixes to the names of nodes that it makes."""
-    return re.sub(rf"({AGAIN}\d+|_token_\d+|_nchwc|_nhwc|_quant)+$", "", name)
-
-
 def _readable(path: Path) -> str | bytes:
     """What ONNX Runtime takes for a file: its path, or its content where the path is no valid Unicode."""
     try:
@@ -142,7 +127,7 @@ def _readable(path: Path) -> str | bytes:
 
 
 def _with_taps(path: Path) -> bytes:
-    """The model with every activation's QuantizeLinear output as a graph output.
+    """The model with every activation's integers as a graph output.
 
     Integer outputs, not float ones: a float output in the middle would keep the runtime from fusing.
     """
@@ -150,7 +135,7 @@ def _with_taps(path: Path) -> bytes:
 
     model = onnx.load(path)
     for node in model.graph.node:
-        if node.op_type == "QuantizeLinear" and node.output[0].endswith(QUANTIZED):
+        if node.op_type in ROUNDING and node.output[0].endswith(QUANTIZED):
             model.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
     return bytes(model.SerializeToString())
 

@@ -7,13 +7,15 @@ Afterwards every trace of the machine (stack traces, source paths) is removed an
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ...errors import ExportError, first_line
@@ -21,8 +23,11 @@ from ...graph import Graph
 from ...graph.simplify import split_attention
 from ...plan import Plan, lower
 from ...plan.capture import capture
-from ...plan.lower import BYTE, QUANTIZED
-from ...plan.ops import DEQUANTIZE, QUANTIZE
+from ...plan.lower import BYTE, QUANTIZED, Lowered
+from ...plan.ops import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC
+from . import decode
+from .blockwise import MATMUL_NBITS, specialize
+from .decode import SCOPES
 from .ends import integer_ends
 from .table import DETOURS, FUSED_UNASKED, MERGED_WRONGLY
 
@@ -31,13 +36,15 @@ if TYPE_CHECKING:
 
 U8_OFFSET = 128  # bitport's int8 is signed; ONNX Runtime's fast kernels want u8 = s8 + 128
 OPSET_OF_INT16 = 21  # the first one whose QuantizeLinear knows 16 bits
+ROUNDING = ("QuantizeLinear", "Clip")  # what makes an activation's integers
 AGAIN = "~"  # before the number of a further ONNX operator that one operator of the network became
-SCOPES = "pkg.torch.onnx.name_scopes"
 EXTERNAL_ABOVE = 1 << 30  # protobuf ends at 2 GiB; leave room
 
 
-def export_model(graph: Graph, plan: Plan, path: Path, *, opset: int, integer_io: bool = False) -> None:
-    """Write `graph` under `plan` to `path`.
+def export_model(
+    graph: Graph, plan: Plan, path: Path, *, opset: int, integer_io: bool = False, accuracy_level: int = 0
+) -> None:
+    """Write `graph` under `plan` to `path`. accuracy_level: of MatMulNBits.
 
     Raises ExportError when PyTorch's exporter refuses, naming its reason.
     """
@@ -55,14 +62,33 @@ def export_model(graph: Graph, plan: Plan, path: Path, *, opset: int, integer_io
         detours=DETOURS,
         apart=MERGED_WRONGLY,
     )
-    program = capture(lowered, graph)
+    blockwise = [name for name, todo in plan.nodes.items() if todo.kernel == MATMUL_NBITS]
     wide = any(tie.format.bits > BYTE and tie.source not in ("weight", "bias") for tie in plan.ties.values())
-    model = _to_onnx(program, max(opset, OPSET_OF_INT16) if wide else opset, _experts(graph))
-    _restore_names(model, graph, lowered.names)
-    _strip(model)
+    opset = max(opset, OPSET_OF_INT16) if wide else opset
+    model = lowered_to_onnx(lowered, graph, blockwise, opset=opset, accuracy_level=accuracy_level)
     if integer_io:
         integer_ends(model, graph)
     _save(model, path)
+
+
+def lowered_to_onnx(
+    lowered: Lowered, graph: Graph, blockwise: Collection[str], *, opset: int, accuracy_level: int
+) -> ir.Model:
+    """A lowered graph as an ONNX model with the names of `graph`. blockwise: what MatMulNBits runs.
+
+    Narrow weights raise the opset to the first one that has their types.
+
+    Raises ExportError when PyTorch's exporter refuses, naming its reason.
+    """
+    lowered, stored = specialize(lowered, blockwise, accuracy_level)
+    program = capture(lowered, graph)
+    model = _to_onnx(program, max(opset, decode.OPSET) if stored else opset, _experts(graph))
+    decode.expand(model)
+    _restore_names(model, graph, lowered.names)
+    _strip(model)
+    if stored:
+        model.metadata_props[decode.KEY] = json.dumps(stored, sort_keys=True)
+    return model
 
 
 def _save(model: ir.Model, path: Path) -> None:
@@ -114,9 +140,23 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     from onnxscript import opset20 as op
 
     def quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, axis: int) -> Any:
-        return op.QuantizeLinear(x, scale, zero_point, axis=max(axis, 0))
+        q = op.QuantizeLinear(x, scale, zero_point, axis=max(axis, 0))
+        limits = np.iinfo(zero_point.dtype.numpy())
+        if (low, high) == (limits.min, limits.max):
+            return q
+        # a narrower format in this type: the integers themselves are clamped, so that what makes them is still fused
+        return op.Clip(q, *(op.Cast(op.Constant(value_int=end), to=zero_point.dtype) for end in (low, high)))
 
-    def dequantize(q: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+    def quantize_dynamic(x: Any, low: int, high: int) -> Any:
+        if (low, high) != (0, 255):
+            raise ExportError(
+                f"ONNX takes ranges while running for the integers 0 … 255 only, not {low} … {high}"
+            )
+        return op.DynamicQuantizeLinear(x)
+
+    def dequantize(q: Any, scale: Any, zero_point: Any, axis: int, group: int = 0) -> Any:
+        if group:
+            raise ExportError("ONNX Runtime has no kernel for activations with a scale per group")
         return op.DequantizeLinear(q, scale, zero_point, axis=max(axis, 0))
 
     def adaptive_average_pool(x: Any, output_size: Any) -> Any:
@@ -132,6 +172,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     )
     return {
         QUANTIZE: quantize,
+        QUANTIZE_DYNAMIC: quantize_dynamic,
         DEQUANTIZE: dequantize,
         aten.histc.default: _histogram,
         **dict.fromkeys(pools, adaptive_average_pool),
@@ -226,7 +267,7 @@ def _restore_names(model: ir.Model, graph: Graph, buffers: Mapping[str, str]) ->
         for index, output in enumerate(node.outputs):
             if output in outputs:
                 continue
-            if node.op_type == "QuantizeLinear" and name.endswith(QUANTIZED):
+            if node.op_type in ROUNDING and name.endswith(QUANTIZED) and not _is_clamped(output):
                 output.name = unique(values, name)
             else:
                 output.name = unique(values, f"{node.name}/out{index or ''}")
@@ -241,6 +282,11 @@ def _restore_names(model: ir.Model, graph: Graph, buffers: Mapping[str, str]) ->
     ):
         value.name = name
         _name_axes(value, shape)
+
+
+def _is_clamped(value: ir.Value) -> bool:
+    """Whether integers are still to be clamped to the range of a format narrower than their type."""
+    return any(use.node.op_type == "Clip" for use in value.uses())
 
 
 def _name_axes(value: ir.Value, shape: tuple[int | str, ...]) -> None:
