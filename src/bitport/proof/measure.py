@@ -30,7 +30,7 @@ from .distributions import distributions
 from .integer import integer_record, layer_bytes, storage_record
 from .network import network_record
 from .parity import LayerError, Parity
-from .plain import plain_record
+from .plain import hint, plain_record
 from .task import TaskAccumulator
 from .verdict import judge
 
@@ -99,6 +99,7 @@ def measure(
     if plan.quantized:
         few = (batch.inputs for batch in evaluation)
         record["plain"] = plain_record(subject.reference, graph, plan, target.arithmetic(), few)
+        record["notes"] += hint(record["plain"])
         record["storage"] = storage_record(graph, plan, inspection)
     else:
         for section in ("plain", "storage"):
