@@ -23,7 +23,7 @@ PUBLIC = [
     "Artifact", "ArtifactError", "Batch", "BitportError", "DataError", "ExportError", "Format",
     "FormatError", "GateFailed", "GraphError", "Interrupted", "LoadError", "Locked", "Metric",
     "MetricError", "MissingDependency", "Recipe", "RecipeError", "Tampered", "TargetError", "UnknownName",
-    "UnsafeFile", "WeightsError", "compress", "load", "report", "targets", "verify",
+    "UnsafeFile", "WeightsError", "compress", "dequantize", "load", "report", "requantize", "targets", "verify",
 ]  # fmt: skip
 HEAVY = (
     "torch",
@@ -49,10 +49,16 @@ TEXTS = ("manifest.json", "measurements.json", "plan.json", "recipe.toml")
 FILES = {
     "onnxruntime": {"model.onnx", "reference/model.onnx"},
     # no runtime, hence no model file: the simulator's own graph and plan
-    "null": {"null.pt2", "null.plan.json", "reference/null.pt2", "reference/null.plan.json"},
+    "null": {
+        "null.pt2",
+        "null.plan.json",
+        "weights.safetensors",
+        "reference/null.pt2",
+        "reference/null.plan.json",
+    },
 }
 COMMON = {
-    *TEXTS, "graph.pt2", "reference/graph.pt2", "sample.npz", "report.html",
+    *TEXTS, "graph.pt2", "reference/graph.pt2", "sample.npz", "report.html", "statistics.safetensors",
 }  # fmt: skip
 
 
@@ -104,6 +110,13 @@ def test_signatures_are_those_of_the_fixed_interface() -> None:
     )
     assert inspect.signature(bitport.verify).parameters["target"].default is None
     assert shape(bitport.report) == (["folder"], {})
+    positional, named = shape(bitport.requantize)
+    assert positional == ["folder", "recipe"]
+    assert named == {
+        "data": required, "out": required, "target": None, "evaluation": None, "metric": None, "max_drop": None,
+        "effort": None, "seed": 0, "progress": None,
+    }  # fmt: skip
+    assert shape(bitport.dequantize) == (["folder", "data"], {"correct": True, "progress": None})
     assert shape(bitport.targets) == ([], {})
     assert shape(bitport.Artifact.load) == (["path"], {})
     assert shape(bitport.Artifact.predict) == (["self", "inputs"], {})
@@ -163,7 +176,7 @@ def test_targets_tell_what_they_are_and_need() -> None:
 
 
 def test_the_folder_holds_what_it_should_and_nothing_else(artifact: bitport.Artifact) -> None:
-    # weights.safetensors is for model files that can't hold packed weights; these can
+    # weights.safetensors is for model files that can't hold packed weights: ONNX can
     assert set(small.content(artifact.path)) == COMMON | FILES[artifact.target.name]
     siblings = {path.name for path in artifact.path.parent.iterdir()}
     assert siblings == {artifact.path.name}

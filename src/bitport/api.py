@@ -100,7 +100,6 @@ def compress(
     device: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    origin: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """Compress a network for a runtime, run it there, and publish the artifact with its proof.
 
@@ -118,7 +117,6 @@ def compress(
         device: where the float passes of calibration run, as torch names it ("cuda"); the proof is of the runtime.
         seed: of every random choice. The caller's own random state is untouched.
         progress: listens to long work.
-        origin: what the network was made from, for the record, where it isn't the trained float network itself.
 
     Raises:
         WeightsError: parameters hold NaN or infinite values.
@@ -175,7 +173,7 @@ def compress(
             artifacts.write(workspace.path, work, graph, plan, explicit, runtime)
         reference = _reference(graph, work)
         artifacts.write_statistics(workspace.path, reference, plan, calibration)
-        facts = {"recipe": explicit.name, "seed": seed, **({"origin": dict(origin)} if origin else {})}
+        facts = {"recipe": explicit.name, "seed": seed, **({"origin": graph.origin} if graph.origin else {})}
         subject = Subject(workspace.path, reference, work, plan, runtime, facts)
         artifacts.write_sample(workspace.path, work, tuple(first.inputs), runtime.open(workspace.path))
         record = measure(subject, judged, chosen, max_drop, progress)

@@ -66,6 +66,7 @@ def requantize(
         "drop": record["task.drop"],
     }
     graph = opened.graph.clone()
+    graph.origin = origin
     graph.notes.append(
         f"re-quantized from {origin['recipe']} on {origin['target']} ({', '.join(origin['formats'])}): the losses "
         "here come on top of that one's"
@@ -82,7 +83,6 @@ def requantize(
         effort=effort,
         seed=seed,
         progress=progress,
-        origin=origin,
     )
 
 

@@ -69,6 +69,8 @@ class Graph:
         self.gm = gm
         self.inputs = tuple(inputs)
         self.notes = list(notes)
+        # what it was made from, for the record, where it isn't the trained float network itself
+        self.origin: dict[str, Any] = {}
         self.stage = stage
         self.sizes = dict(sizes or {})  # axis name -> the length it had in the example
         self.entries: dict[str, tuple[InputSpec, ...]] = {"forward": self.inputs}
@@ -192,7 +194,9 @@ class Graph:
 
     def clone(self) -> Graph:
         """A deep copy that shares nothing with this graph."""
-        return Graph(copy.deepcopy(self.gm), self.inputs, self.notes, self.stage, self.sizes)
+        twin = Graph(copy.deepcopy(self.gm), self.inputs, self.notes, self.stage, self.sizes)
+        twin.origin = dict(self.origin)
+        return twin
 
     def to(self, device: str | torch.device) -> Graph:
         """A clone on another device, tensors made while running included."""

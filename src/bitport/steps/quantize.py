@@ -12,7 +12,14 @@ from ..errors import RecipeError
 from ..graph import Graph
 from ..numerics.codes import fit
 from ..numerics.quantize import qparams
-from ..numerics.ranges import choose_symmetry_of_weights, weight_losses, weight_ranges, weights_range
+from ..numerics.ranges import (
+    Histogram,
+    choose_symmetry,
+    choose_symmetry_of_weights,
+    weight_losses,
+    weight_ranges,
+    weights_range,
+)
 from ..plan import Plan, TensorOptions, TensorPlan, decide
 from ..plan.constants import is_plain
 from ._base import Context
@@ -62,8 +69,13 @@ def _fitted(graph: Graph, tie: TensorPlan, context: Context) -> TensorPlan:
     """A weight's tie with its parameters."""
     fmt, weights = tie.format, [graph.tensor(member).detach() for member in tie.members]
     if len(weights) > 1 and fmt.is_int:
+        if tie.choose:
+            every = Histogram()
+            for part in weights:
+                every.update(part)
+            fmt = choose_symmetry(every, fmt, tie.range)
         scale, zero_point = qparams(*weights_range(weights, fmt, tie.range), fmt)
-        return replace(tie, scale=scale, zero_point=zero_point)
+        return replace(tie, format=fmt, choose=False, scale=scale, zero_point=zero_point)
     weight = weights[0] if len(weights) == 1 else torch.cat([w.reshape(-1) for w in weights])
     if tie.choose:
         fmt = choose_symmetry_of_weights(weight, fmt, tie.range)
