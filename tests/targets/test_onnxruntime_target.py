@@ -63,6 +63,17 @@ def test_an_average_pool_in_ceil_mode(kernel: int, stride: int, padding: int) ->
     assert "QLinearAveragePool" not in shipped.inspection.counts
 
 
+def test_a_float_pool_in_front_of_a_move_is_not_fused() -> None:
+    # ONNX Runtime pulls the quantize in front of the Reshape, and makes an integer pool that nobody planned
+    net = Net(
+        lambda m, x: m.b(F.adaptive_avg_pool2d(F.relu(m.a(x)), 3).flatten(1)), a=conv(), b=Linear(8 * 9, 4)
+    )
+    prepared = prepare(net, [images(8)], activations={"symmetric": True})
+    shipped = ship(prepared, images(16))
+    assert_exact(shipped)
+    assert "QLinearAveragePool" not in shipped.inspection.counts
+
+
 @pytest.mark.parametrize(
     "kind", ["conv", "sigmoid", "leaky_relu", "mul", "add", "global_avg_pool", "matmul", "linear"]
 )

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import GraphError
-from ..formats import Format
 from ..graph import Edge, Graph, Op, Operand
 from ..graph.reading import made_by, present, producer_name
 from ..graph.simplify import CONTRACTIONS
-from ..numerics.codes import values
-from ..numerics.packing import pack
-from .constants import constant_codes, constant_integers, is_plain
+from .constants import constant_integers, is_plain
 from .model import NodePlan, Plan
-from .ops import DEQUANTIZE, LOOKUP, QUANTIZE, QUANTIZE_DYNAMIC, UNPACK, code_type
+from .ops import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC, code_type
+from .stored import StoredWeights
 
 BYTE = 8  # bits
 QUANTIZED = "/q"  # suffix of a quantized tensor's name in a model file
 # Kinds that are fused with the dequantize in front of them alone: a barrier behind them comes too late.
 FUSED_WITHOUT_QUANTIZE = frozenset({"matmul"})
+# Moves that a runtime's optimizer swaps with a quantize, and so fuses what is in front of them.
+LOOKED_THROUGH = frozenset({"view", "transpose", "squeeze", "unsqueeze", "expand", "slice", "select"})
 CONVOLUTIONS: dict[tuple[str, int], Callable[..., Tensor]] = {
     ("conv", 1): torch.ops.aten.conv1d.default,
     ("conv", 2): torch.ops.aten.conv2d.default,
@@ -107,6 +107,7 @@ class _Lowering:
         self.modules: dict[str, str] = {}
         self.quantized: list[str] = []
         self.names: dict[str, str] = {}
+        self.weights = StoredWeights(graph, plan, self._buffer, self._call)
         self.flattened: dict[fx.Node, list[fx.Node | int]] = {}
 
     def run(self) -> Lowered:
@@ -153,7 +154,17 @@ class _Lowering:
         kept = {n for n in node.all_input_nodes if (self._kind(n), op.kind) in self.apart}
         read = {n: self._barrier(self._read(n, name, op), name) for n in kept}
         new = self._copy(node, lambda n: read[n] if n in read else self._read(n, name, op))
-        return self._barrier(new, name) if fusible and self.plan.tie_of(name) is not None else new
+        return self._barrier(new, name) if fusible and self._is_rounded(node) else new
+
+    def _is_rounded(self, node: fx.Node) -> bool:
+        """Whether a float result is quantized, itself or behind float moves that a runtime looks through."""
+        if self.plan.tie_of(self.graph.name(node)) is not None:
+            return True
+        return any(
+            self._kind(user) in LOOKED_THROUGH and self._is_rounded(user)
+            for user in node.users
+            if user.op != "output"
+        )
 
     def _kind(self, node: fx.Node) -> str:
         return self.graph.op(node).kind if node.op in ("call_function", "call_module") else node.op
@@ -230,7 +241,7 @@ class _Lowering:
                 reads.append(self._float_operand(operand, tie, name, op))
                 continue
             if operand.node is None and (todo.mode is not None or not is_plain(self.plan.ties[tie].format)):
-                reads.append(self._decoded(str(operand.tensor), tie, name))
+                reads.append(self.weights.decoded(str(operand.tensor), tie, name))
                 continue
             integers = self._int_operand(operand, name, slot)
             if op.kind == "conv" and slot == 0 and isinstance(op.attrs["padding"], str):
@@ -267,8 +278,6 @@ class _Lowering:
                 if operand is not None and operand.node is not None and read is not None
             }
             new = self._copy(node, lambda n: sources[n] if n in sources else self._read(n, name, op))
-        if todo.mode is not None and op.kind in self.barriers and self.plan.tie_of(name) is not None:
-            return self._barrier(new, name) if self._reads_integers(name, op) else new
         return new
 
     def _float_operand(self, operand: Operand, tie: str | None, name: str, op: Op) -> fx.Node:
@@ -276,7 +285,9 @@ class _Lowering:
         if operand.node is None:
             return self._buffer(str(operand.tensor), self.graph.tensor(str(operand.tensor)))
         if tie is None or self.plan.ties[tie].source != "dynamic":
-            return self._read(operand.node, name, op)
+            value = self._read(operand.node, name, op)
+            # else the runtime might take the stored weights and these integers for a kernel of its own
+            return self._barrier(value, name) if tie is not None and op.kind in self.barriers else value
         source, producer = operand.node, self.graph.name(operand.node)
         if self.plan.makes_integers(producer):
             made_as = self.plan.tie_of(producer)
@@ -376,39 +387,8 @@ class _Lowering:
         if tie.source == "bias":
             return self._buffer(f"{tie_name}/q", q)
         if tie.source == "weight":
-            return self._stored(f"{tie_name}/q", q, tie.format)
+            return self.weights.stored(f"{self.weights.name(tie_name, operand.tensor)}/q", q, tie.format)
         return self._buffer(f"{operand.tensor}/q", (q + self.offset).to(self.dtype))
-
-    def _stored(self, name: str, codes: Tensor, fmt: Format) -> fx.Node:
-        """Codes as a buffer of their own width: of a type that torch has, or as a bit stream."""
-        low = fmt.low if fmt.is_int else 0
-        dtype = code_type(low, fmt.high if fmt.is_int else 2**fmt.bits - 1)
-        if fmt.bits == 8 * dtype.itemsize:
-            return self._buffer(name, codes.to(dtype))
-        packed = self._buffer(name, pack(codes - low, fmt.bits))
-        return self._call(f"{name}/unpack", UNPACK, (packed, fmt.bits, low, list(codes.shape)))
-
-    def _decoded(self, tensor: str, tie_name: str, name: str) -> fx.Node:
-        """A weight of any format as a float, made from its codes."""
-        coded = constant_codes(self.graph, self.plan, tensor, tie_name)
-        grid, fmt = coded.grid, coded.grid.format
-        if fmt.unscaled:
-            dtype = torch.float16 if fmt.exponent == 5 else torch.bfloat16
-            narrow = self._buffer(f"{tie_name}/q", coded.dequantize().to(dtype))
-            return self._call(f"{name}/decoded", torch.ops.aten.to.dtype, (narrow, torch.float32))
-        codes = self._stored(f"{tie_name}/q", coded.codes, fmt)
-        scale = self._buffer(f"{tie_name}/scale", grid.scale)
-        axis = -1 if fmt.axis is None else fmt.axis
-        if fmt.is_int:
-            if fmt.group:
-                zero_point = self._stored(f"{tie_name}/zero_point", grid.zero_point, fmt)
-            else:
-                narrow_zero = grid.zero_point.to(code_type(fmt.low, fmt.high))
-                zero_point = self._buffer(f"{tie_name}/zero_point", narrow_zero)
-            return self._call(f"{name}/dq", DEQUANTIZE, (codes, scale, zero_point, axis, fmt.group))
-        table = self._buffer(f"{tie_name}/table", values(fmt, grid.table))
-        kind = str(fmt).partition(" ")[0]
-        return self._call(f"{name}/decoded", LOOKUP, (codes, table, scale, axis, fmt.group, kind))
 
     def _rank(self, operand: Operand) -> int:
         assert operand.node is not None
