@@ -284,10 +284,12 @@ class _Lowering:
         """What a kernel that takes floats reads; rounded first where its range is taken while running."""
         if operand.node is None:
             return self._buffer(str(operand.tensor), self.graph.tensor(str(operand.tensor)))
-        if tie is None or self.plan.ties[tie].source != "dynamic":
-            value = self._read(operand.node, name, op)
+        if tie is None:
+            return self._read_float(operand.node)
+        if self.plan.ties[tie].source != "dynamic":
+            value = self._dequantize(self.ints[operand.node], tie, constant=False, name=f"{name}/x")
             # else the runtime might take the stored weights and these integers for a kernel of its own
-            return self._barrier(value, name) if tie is not None and op.kind in self.barriers else value
+            return self._barrier(value, name) if op.kind in self.barriers else value
         source, producer = operand.node, self.graph.name(operand.node)
         if self.plan.makes_integers(producer):
             made_as = self.plan.tie_of(producer)
