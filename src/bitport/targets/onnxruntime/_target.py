@@ -19,6 +19,7 @@ from ...plan.lower import QUANTIZED
 from ...rules import Ruleset
 from ...simulate import Arithmetic
 from .._base import Inspection, Session, Target
+from . import products
 from .arithmetic import FLOAT_OPS, KERNELS
 from .blockwise import LEVELS, ROUNDS_ACTIVATIONS
 from .ends import read_ends
@@ -67,7 +68,7 @@ class OnnxRuntime(Target):
         return ruleset(integer_io=self.options["io"] == "integer")
 
     def arithmetic(self) -> Arithmetic:
-        return Arithmetic(KERNELS, FLOAT_OPS)
+        return Arithmetic(KERNELS | products.kernels(self.options["accuracy_level"]), FLOAT_OPS)
 
     def export(self, graph: Graph, plan: Plan, folder: Path) -> None:
         integer_io = self.options["io"] == "integer" and plan.quantized

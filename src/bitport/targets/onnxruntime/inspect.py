@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...numerics.packing import packed_bytes
 from ...plan import Plan
 from ...plan.lower import BYTE, QUANTIZED
+from ...rules import DECODED
 from .._base import Inspection
 from .blockwise import MATMUL_NBITS, ROUNDS_ACTIVATIONS
 from .decode import KEY
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import onnx
 
 INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul")
-DECODED = "decoded"  # a kernel of floats whose weights are made wide when the file is loaded
 
 # What a kernel may be called in the optimized file (the NHWC and com.microsoft forms compute the same integers; one
 # rounding of an input that several layers read is an operator of its own).
