@@ -36,6 +36,7 @@ _ROUNDED = {2: (128, 64, 32), 4: (256, 128, 64, 32, 16), 8: (256, 128, 64, 32, 1
 _FLOAT = {4: (256, 128, 64, 32, 16)}
 _WASTE = 8  # a longer block may fill up a row by an eighth
 _LINEAR = torch.ops.aten.linear.default
+_EMBEDDING = torch.ops.aten.embedding.default
 _CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 
 
@@ -91,10 +92,15 @@ class _Specializing:
         self.names = dict(lowered.names)
         self.stored: dict[str, Any] = {}
         self.buffers: dict[tuple[str, str], fx.Node] = {}
+        constants = self.graph.find_nodes(op="get_attr")
+        # what other operators read too stays as it is: in two forms it would be stored twice
+        self.shared = {str(node.target) for node in constants if _readers(node) > 1}
 
     def run(self) -> tuple[Lowered, dict[str, Any]]:
         for node in list(self.graph.find_nodes(op="call_function", target=_LINEAR)):
             self._linear(node)
+        for node in list(self.graph.find_nodes(op="call_function", target=_EMBEDDING)):
+            self._embedding(node)
         self.graph.eliminate_dead_code()
         for node in list(self.graph.nodes):
             if node.op == "call_function":
@@ -127,12 +133,14 @@ class _Specializing:
         source = _buffer_of(codes)
         across = self._value(codes).T.contiguous()
         with self.graph.inserting_before(node):
-            if codes.target is UNPACK:
+            if str(source.target) in self.shared:
+                turned = self._call(codes, torch.ops.aten.t.default, codes)
+            elif codes.target is UNPACK:
                 stored = self._buffer(source, "transposed", pack(across.to(torch.int32) - low, bits))
                 turned = self._call(codes, UNPACK, stored, bits, low, list(across.shape))
             else:
                 turned = self._buffer(source, "transposed", across)
-            self._note(source, bits, across.shape)
+            self._note(source, bits, self._value(codes).shape)
             plain = not bool(self._value(zero).any())
             args = (*x.args[:3], turned, scale, None if plain else zero, bias)
             new = self._call(node, _dynamic_linear, *args)
@@ -154,12 +162,15 @@ class _Specializing:
         source = _buffer_of(codes)
         self._note(source, bits, values.shape)
         with self.graph.inserting_before(node):
-            if bits == found.bits and width % found.block == 0:
+            shared = str(source.target) in self.shared
+            if bits == found.bits and width % found.block == 0 and not shared:
                 shape = (rows, count, found.block * bits // BYTE)
                 matrix = self._buffer(source, "blocks", pack(unsigned, bits).reshape(shape))
             else:
                 if codes.target is UNPACK:
                     plain = self._call(codes, UNPACK, source, bits, 0, [rows, width])
+                elif shared:
+                    plain = self._call(weight, _unsigned, source, low)
                 else:
                     plain = self._buffer(source, "unsigned", unsigned.to(torch.uint8))
                 matrix = self._call(weight, _as_blocks, plain, found.bits, found.block)
@@ -188,6 +199,31 @@ class _Specializing:
         return self._buffer(_buffer_of(zero), f"rows{bits}", packed)
 
     # ---------------------------------------------------------------- all others
+
+    def _embedding(self, node: fx.Node) -> None:
+        """Rows are taken from the table as it is stored, where that is no slower than from the wide one.
+
+        Measured on 30,000 × 768, 128 rows, against float32: 1.9× as fast from float16, 1.6× from int8; 0.3 … 1.0×
+        from 2, 4 or 8 bits in groups (GatherBlockQuantized).
+        """
+        table: Any = node.args[0]
+        if not isinstance(table, fx.Node) or not _is_constant(table) or table.op == "get_attr":
+            return
+        args: Any = table.args
+        if not isinstance(args[0], fx.Node) or args[0].op != "get_attr":
+            return
+        with self.graph.inserting_before(node):
+            if table.target in _CASTS and self._value(args[0]).is_floating_point():
+                rows = self._call(node, _EMBEDDING, args[0], *node.args[1:])
+                new = self._call(node, torch.ops.aten.to.dtype, rows, torch.float32)
+            elif table.target is DEQUANTIZE and args[3] in (0, -1) and not _group(table):
+                new = self._call(
+                    node, _embedded, *args[:3], not bool(self._value(args[2]).any()), *node.args[1:]
+                )
+            else:
+                return
+        self._note_plain(args[0])
+        self._replace(node, new)
 
     def _decoded(self, node: fx.Node) -> None:
         if not _is_constant(node):
@@ -273,6 +309,11 @@ class _Specializing:
             self.names.pop(name, None)
 
 
+def _readers(codes: fx.Node) -> int:
+    """How many operators read a constant, unpacked or as it is."""
+    return sum(_readers(user) if user.target is UNPACK else 1 for user in codes.users)
+
+
 def _is_constant(node: fx.Node) -> bool:
     """Whether a node is computed from buffers alone."""
     if node.op != "call_function":
@@ -355,6 +396,19 @@ def _dynamic_linear(
     sums = _symbolic("MatMulInteger", (q, weight, q_zero, zero), {}, shape, torch.int32)
     product = sums.to(torch.float32) * (q_scale * scale)
     return product if bias is None else product + bias
+
+
+def _embedded(codes: Tensor, scale: Tensor, zero: Tensor, symmetric: bool, *ids: Any) -> Tensor:
+    """Rows of a table of integers, made real afterwards; scale, zero: 0-d or one a row."""
+    real = _EMBEDDING(codes, *ids).to(torch.float32)
+    zero, scale = (_EMBEDDING(v.reshape(-1, 1), *ids) if v.ndim else v for v in (zero, scale))
+    real = real if symmetric else real - zero.to(torch.float32)
+    product: Tensor = real * scale
+    return product
+
+
+def _unsigned(codes: Tensor, low: int) -> Tensor:
+    return _symbolic(f"{DOMAIN}::unsigned", (codes,), {"low": low}, codes.shape, torch.uint8)
 
 
 def _as_blocks(codes: Tensor, bits: int, block: int) -> Tensor:

@@ -12,6 +12,7 @@ write the wide tensor into the file). `expand` replaces each by operators of ONN
     widen(x)                             float16, bfloat16 → float32
     decode(q, scale, zero) axis group    (q − zero) · scale
     lookup(q, table, scale) axis group   table[q] · scale
+    unsigned(q) low                      int8 codes as uint8: q − low
     spread(scale) rows columns repeat    scales [N, G] (or [N], or 0-d) as [N, columns], each `repeat` times
     blocks(q) bits block                 codes [N, K] as MatMulNBits stores them
 """
@@ -92,11 +93,13 @@ class _Writer:
         self.graph.register_initializer(value)
         return value
 
+    def owns(self, value: ir.Value) -> bool:
+        """Whether the node is the only one that reads a constant: then it may be stored in another type."""
+        return value.const_value is not None and [use.node for use in value.uses()] == [self.node]
+
     def restored(self, old: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
-        """`tensor` in the place and under the name of an initializer that nothing else reads; else beside it."""
+        """`tensor` in the place and under the name of a constant that nothing else reads."""
         name = str(old.name)
-        if [use.node for use in old.uses()] != [self.node]:
-            return self.store(f"{name}~{tensor.dtype.name.lower()}", tensor)
         self.node.replace_input_with([*self.node.inputs].index(old), None)
         del self.graph.initializers[name]
         return self.store(name, tensor)
@@ -104,6 +107,8 @@ class _Writer:
     # ---------------------------------------------------------------- pieces
 
     def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        if value.shape is not None and list(value.shape) == list(shape):
+            return value
         return self.op("Reshape", value, self.constant(shape))
 
     def first(self, value: ir.Value, count: int, axis: int) -> ir.Value:
@@ -154,7 +159,7 @@ class _Writer:
 def _unpack(w: _Writer, node: ir.Node) -> ir.Value:
     bits, low, shape = _int(node, "bits"), _int(node, "low"), _ints(node, "shape")
     packed = _input(node, 0)
-    if bits == HALF and low in (0, -(2 ** (HALF - 1))):
+    if bits == HALF and low in (0, -(2 ** (HALF - 1))) and w.owns(packed):
         return _half_bytes(w, packed, low, shape)
     count = math.prod(shape)
     codes = _octets(w, packed, bits, count) if BYTE % bits else _in_bytes(w, packed, bits, count)
@@ -224,28 +229,51 @@ def _widen(w: _Writer, node: ir.Node) -> ir.Value:
 
 
 def _decode(w: _Writer, node: ir.Node) -> ir.Value:
-    shape, axis, group = _ints(node, "shape"), _int(node, "axis"), _int(node, "group")
     codes, scale, zero = (_input(node, slot) for slot in range(3))
-    real = w.cast(codes, "FLOAT")
+    shape, axis, group = _folded(w, node)
+    real = w.cast(w.reshape(codes, shape), "FLOAT")
     if not (zero.const_value is not None and not _array(zero).any()):
         real = w.op("Sub", real, w.along(w.cast(zero, "FLOAT"), shape, axis, group))
-    return w.op("Mul", real, w.along(scale, shape, axis, group))
+    return _unfolded(w, node, w.op("Mul", real, w.along(scale, shape, axis, group)), shape)
+
+
+def _folded(w: _Writer, node: ir.Node) -> tuple[list[int], int, int]:
+    """(shape, axis, group) to compute in: whole groups along axis 0 are rows, so that their scales only broadcast.
+
+    What is folded at load stays in memory until all of the file is: the fewer tensors of full size, the better.
+    """
+    shape, axis, group = _ints(node, "shape"), _int(node, "axis"), _int(node, "group")
+    width = math.prod(shape[1:])
+    if group and axis == 0 and width % group == 0:
+        return [shape[0] * width // group, group], 0, 0
+    return shape, axis, group
+
+
+def _unfolded(w: _Writer, node: ir.Node, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+    wanted = _ints(node, "shape")
+    return value if list(shape) == wanted else w.reshape(value, wanted)
 
 
 def _lookup(w: _Writer, node: ir.Node) -> ir.Value:
     import onnx_ir
 
-    shape, axis, group = _ints(node, "shape"), _int(node, "axis"), _int(node, "group")
     codes, table, scale = (_input(node, slot) for slot in range(3))
+    shape, axis, group = _folded(w, node)
     small = _SMALL_FLOATS.get(node.attributes["kind"].as_string())
-    if small is not None and codes.const_value is not None and _is_table_of(small, _array(table)):
+    if small is not None and w.owns(codes) and _is_table_of(small, _array(table)):
         bits = torch.from_numpy(_array(codes)).view(small)
         dtype = onnx_ir.DataType.FLOAT8E4M3FN if small is torch.float8_e4m3fn else onnx_ir.DataType.FLOAT8E5M2
         data = bits.view(torch.uint8).numpy().view(dtype.numpy())
-        real = w.cast(w.restored(codes, onnx_ir.Tensor(data, dtype, name=codes.name)), "FLOAT")
+        stored = w.restored(codes, onnx_ir.Tensor(data, dtype, name=codes.name))
+        real = w.reshape(w.cast(stored, "FLOAT"), shape)
     else:
-        real = w.op("Gather", table, w.cast(codes, "INT32"), axis=0)
-    return w.op("Mul", real, w.along(scale, shape, axis, group))
+        real = w.op("Gather", table, w.cast(w.reshape(codes, shape), "INT32"), axis=0)
+    return _unfolded(w, node, w.op("Mul", real, w.along(scale, shape, axis, group)), shape)
+
+
+def _unsigned(w: _Writer, node: ir.Node) -> ir.Value:
+    wide = w.op("Sub", w.cast(_input(node, 0), "INT32"), w.constant(_int(node, "low"), np.int32))
+    return w.cast(wide, "UINT8")
 
 
 def _spread(w: _Writer, node: ir.Node) -> ir.Value:
@@ -281,6 +309,7 @@ _EXPANSIONS: dict[str, Callable[[_Writer, Any], Any]] = {
     "widen": _widen,
     "decode": _decode,
     "lookup": _lookup,
+    "unsigned": _unsigned,
     "spread": _spread,
     "blocks": _blocks,
 }

@@ -7,14 +7,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ...numerics.packing import packed_bytes
 from ...plan import Plan
 from ...plan.lower import BYTE, QUANTIZED
 from ...rules import DECODED
 from .._base import Inspection
-from .blockwise import MATMUL_NBITS, ROUNDS_ACTIVATIONS
+from .blockwise import MATMUL_NBITS
 from .decode import KEY
 from .export import AGAIN
 
@@ -69,9 +72,47 @@ def inspected(nodes: Iterable[onnx.NodeProto], written: onnx.ModelProto, plan: P
 def computes_integers(node: onnx.NodeProto) -> bool:
     """Whether a kernel multiplies or adds integers; MatMulNBits does where it rounds its activations."""
     if node.op_type == MATMUL_NBITS:
-        level = [a.i for a in node.attribute if a.name == "accuracy_level"]
-        return level == [ROUNDS_ACTIVATIONS]
+        sizes = {attribute.name: attribute.i for attribute in node.attribute}
+        return rounds_activations(sizes["bits"], sizes["block_size"], sizes.get("accuracy_level", 0))
     return node.op_type.startswith(INTEGER_KERNELS)
+
+
+@cache
+def rounds_activations(bits: int, block: int, level: int) -> bool:
+    """Whether this host's MatMulNBits of such a layout rounds its activations: one row is multiplied to see it."""
+    import onnxruntime as ort
+    from onnx import TensorProto, helper, numpy_helper
+
+    # each activation times 1; of 127 steps up to the largest, 1, a third is none
+    x = np.full((1, block), 1 / 3, np.float32)
+    x[0, 0] = 1
+    one_above_the_zero_point = np.full(
+        (1, 1, block * bits // BYTE), _repeated(2 ** (bits - 1) + 1, bits), np.uint8
+    )
+    constants: dict[str, np.ndarray[Any, Any]] = {
+        "B": one_above_the_zero_point,
+        "scales": np.ones(1, np.float32),
+    }
+    sizes: dict[str, Any] = {"K": block, "N": 1, "bits": bits, "block_size": block, "accuracy_level": level}
+    node = helper.make_node(MATMUL_NBITS, ["x", *constants], ["y"], domain="com.microsoft", **sizes)
+    graph = helper.make_graph(
+        [node], "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, block])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    total = float(x.astype(np.float64).sum())
+    return abs(float(session.run(None, {"x": x})[0].item()) - total) > 1e-4 * total
+
+
+def _repeated(code: int, bits: int) -> int:
+    """A byte full of one code."""
+    return sum(code << shift for shift in range(0, BYTE, bits))
 
 
 def user_name(name: str) -> str:
