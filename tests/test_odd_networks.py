@@ -51,6 +51,22 @@ NETWORKS: dict[str, Odd] = {
         lambda: Net(lambda m, x: (lambda y: {"a": y, "b": (y,)})(F.relu(m.a(x))), a=conv()), images,
     ),
     "constant output": (lambda: Net(lambda m, x: (m.a(x), m.k), a=conv(), k=torch.arange(4.0)), images),
+    "a float output is moved and quantized": (
+        lambda: Net(lambda m, x: (lambda y: (y, m.b(y.transpose(1, 2))))(m.n(m.a(x))), a=Linear(12, 8),
+                    n=nn.LayerNorm(8), b=Linear(6, 4)), tokens,
+    ),
+    "the shape of one part of integers": (
+        lambda: Net(lambda m, x: (lambda y: m.b(torch.ones_like(y[0]) * y[1]))(m.a(x).split((4, 4), 1)),
+                    a=conv(), b=conv(4, 4)), images,
+    ),
+    "causal masks that torch's own layers are given": (
+        lambda: Net(lambda m, x: m.e(x, mask=m.mask), mask=nn.Transformer.generate_square_subsequent_mask(6),
+                    e=nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 16, batch_first=True), 1)), tokens,
+    ),
+    "one minus an integer mask": (
+        lambda: Net2(lambda m, x, i: m.b(m.a(x) * (1.0 - i)[:, :, None]), a=Linear(12, 8), b=Linear(8, 4)),
+        lambda n: (tokens(n), torch.arange(6).expand(n, 6) // 3),
+    ),
     "integer input passed through": (
         lambda: Net2(lambda m, x, i: (m.a(x), i), a=conv()), lambda n: (images(n), torch.arange(n)),
     ),
@@ -150,6 +166,8 @@ def test_the_runtime_computes_the_simulators_integers(name: str) -> None:
     test = data(8)
     shipped = ship(prepared, test, data(1))
     assert_exact(shipped)
+    for found, simulated in zip(shipped.outputs, prepared.simulator().run(flat(test)), strict=True):
+        torch.testing.assert_close(found, simulated, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         real = prepared.graph.run(*flat(test))
     assert len(real) == len(shipped.outputs)

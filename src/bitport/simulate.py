@@ -38,7 +38,7 @@ class Arithmetic:
     """
 
     kernels: Mapping[str, Callable[[Call], Tensor]] = field(default_factory=dict)
-    floats: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    floats: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     quantize: Callable[[Tensor, QSpec], Tensor] = quantize
 
 

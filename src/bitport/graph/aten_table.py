@@ -245,6 +245,7 @@ def _rows() -> dict[str, Row]:
     # rows sorted by expert, [E, K, N] matrices, and where each expert's rows end
     add("_grouped_mm", "grouped_mm", ("self", "mat2", "offs", "bias"))
     add("transformers::grouped_mm_fallback", "grouped_mm", ("input", "weight", "offs"))
+    add("bitport::expert_linear", "experts", ("x", "weight", "ends"))
     add("addmm", "addmm", ("mat1", "mat2", "self"), _take("alpha", "beta"))
     add("baddbmm", "addmm", ("batch1", "batch2", "self"), _take("alpha", "beta"))
     norm = ("input", "weight", "bias")
@@ -306,6 +307,9 @@ def _rows() -> dict[str, Row]:
     )
     add("mean", "mean", x, _reduce)
     add("sum", "sum", x, _reduce)
+    add("sort", "sort", x, _dim("descending"))
+    add("argsort", "argsort", x, _dim("descending"))
+    add("topk", lambda c: "topk" if isinstance(c["k"], int) else "other:topk", x, _dim("k", "largest"))
     add("max_pool1d max_pool2d max_pool3d", "max_pool", x, _pool)
     add("avg_pool1d avg_pool2d avg_pool3d", "avg_pool", x, _pool)
     add("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", _adaptive_kind, x, _adaptive)
@@ -367,7 +371,7 @@ def _rows() -> dict[str, Row]:
         (),
         _fill,
     )
-    add("zeros_like ones_like full_like new_zeros new_ones new_full new_empty empty_like", "const", (), _fill)
+    add("zeros_like ones_like full_like new_zeros new_ones new_full new_empty empty_like", "const", x, _fill)
     return rows
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 from torch.fx import traceback
+from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
 from bitport.errors import GraphError, first_line
@@ -26,19 +27,31 @@ _TRACES = ("stack_trace", "source_fn_stack", "from_node", "torch_fn")
 _CARRIED = ("bitport_name", "bitport_path")
 
 
+def _only_told(mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
+
+
 @contextmanager
 def quiet_export() -> Iterator[None]:
-    """What every capture needs: no fast path, the caller's random state kept, torch's own warnings kept
-    in."""
+    """What every capture needs: no fast path, no check of torch's own that reads values, the caller's random
+    state kept, torch's own warnings kept in."""
     fast = torch.backends.mha.get_fastpath_enabled()
     state = torch.random.get_rng_state()
+    detect = transformer._detect_is_causal_mask
+    validate = torch.distributions.Distribution._validate_args
     torch.backends.mha.set_fastpath_enabled(False)
+    # both read values: whether a given mask is the causal one (a hint that changes no result), and whether the
+    # parameters of a distribution are in their range
+    transformer._detect_is_causal_mask = _only_told
+    torch.distributions.Distribution.set_default_validate_args(False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        transformer._detect_is_causal_mask = detect
+        torch.distributions.Distribution.set_default_validate_args(validate)
         torch.random.set_rng_state(state)
 
 

@@ -68,7 +68,7 @@ def _stored_transposed(graph: Graph, matrix: fx.Node) -> fx.Node:
     dotted = str(matrix.target)
     value = graph.tensor(dotted)
     turned = value.detach().t().contiguous()
-    if _readers(graph, value) == 1:
+    if readers(graph, value) == 1:
         graph.set_tensor(dotted, turned)
         matrix.meta["val"] = matrix.meta["val"].t()
         return matrix
@@ -83,7 +83,8 @@ def _stored_transposed(graph: Graph, matrix: fx.Node) -> fx.Node:
     return stored
 
 
-def _readers(graph: Graph, value: Tensor) -> int:
+def readers(graph: Graph, value: Tensor) -> int:
+    """How many operands of the graph's operators are this parameter or buffer."""
     count = 0
     for node in graph.nodes():
         for operand in graph.op(node).operands:

@@ -6,7 +6,8 @@
     fold_batch_norms  BatchNorm behind a convolution or Linear goes into its weights
     split_attention   scaled_dot_product_attention becomes matmul → scale → mask → softmax → matmul
     normalise         a mean over all pixels is a global average pool; a softmax over one element is 1
-    (and `products`   other spellings of a matrix product become linear and matmul)
+    (and `products`   other spellings of a matrix product become linear and matmul,
+    `experts`         grouped products one linear layer of all experts)
 
 Each takes a graph and changes it; every operator has a shape when it returns.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from ..numerics.fold import fold_batch_norm
 from .editing import insert, replace
+from .experts import spell_experts
 from .graph import Graph
 from .match import Op, Operand
 from .products import linear_instead, spell_products
@@ -37,6 +39,7 @@ def simplify(graph: Graph) -> None:
     merge_duplicates(graph)
     split_attention(graph)
     spell_products(graph)
+    spell_experts(graph)
     _clean(graph)
     fold_constants(graph)
     linear_instead(graph)

@@ -65,6 +65,7 @@ def lower(
     barriers: frozenset[str] = frozenset(),
     detours: frozenset[str] = frozenset(),
     apart: frozenset[tuple[str, str]] = frozenset(),
+    passed: frozenset[str] = frozenset(),
 ) -> Lowered:
     """Lower `graph` under `plan`; neither is changed.
 
@@ -77,11 +78,12 @@ def lower(
         detours: kinds of moves that run on dequantized values between two such barriers, because the runtime
             is slow on integers; the integers stay the same.
         apart: (producer's kind, consumer's kind) that the runtime would merge wrongly in float.
+        passed: kinds of float moves that the runtime would carry a quantize through, into an output of the network.
 
     Raises:
         GraphError: the plan speaks of edges that the graph doesn't have, or of unmeasured ranges.
     """
-    return _Lowering(graph, plan, dtype, offset, flatten_linear, barriers, detours, apart).run()
+    return _Lowering(graph, plan, dtype, offset, flatten_linear, barriers, detours, apart, passed).run()
 
 
 class _Lowering:
@@ -95,9 +97,11 @@ class _Lowering:
         barriers: frozenset[str],
         detours: frozenset[str],
         apart: frozenset[tuple[str, str]],
+        passed: frozenset[str],
     ) -> None:
         self.graph, self.plan, self.barriers, self.detours = graph, plan, barriers, detours
-        self.apart = apart
+        self.apart, self.passed = apart, passed
+        self.ends = set(graph.output_nodes())
         self.dtype, self.offset, self.flatten_linear = dtype, offset, flatten_linear
         self.new = fx.Graph()
         self.root = torch.nn.Module()
@@ -151,7 +155,12 @@ class _Lowering:
         if fusible and op.kind in FUSED_WITHOUT_QUANTIZE:
             apart = {n: self._barrier(self._read(n, name, op), name) for n in (made_by(op, 0),)}
             return self._copy(node, lambda n: apart[n] if n in apart else self._read(n, name, op))
-        kept = {n for n in node.all_input_nodes if (self._kind(n), op.kind) in self.apart}
+        through = op.kind in self.passed and self._meets_quantize(node)
+        kept = {
+            n
+            for n in node.all_input_nodes
+            if (self._kind(n), op.kind) in self.apart or (through and n in self.ends)
+        }
         read = {n: self._barrier(self._read(n, name, op), name) for n in kept}
         new = self._copy(node, lambda n: read[n] if n in read else self._read(n, name, op))
         return self._barrier(new, name) if fusible and self._is_rounded(node) else new
@@ -165,6 +174,12 @@ class _Lowering:
             for user in node.users
             if user.op != "output"
         )
+
+    def _meets_quantize(self, node: fx.Node) -> bool:
+        """Whether a float move's result is quantized, at once or behind further moves."""
+        if self.plan.tie_of(self.graph.name(node)) is not None:
+            return True
+        return any(self._kind(user) in self.passed and self._meets_quantize(user) for user in node.users)
 
     def _kind(self, node: fx.Node) -> str:
         return self.graph.op(node).kind if node.op in ("call_function", "call_module") else node.op

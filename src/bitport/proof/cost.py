@@ -221,6 +221,7 @@ _MACS: dict[str, Callable[[list[_Shape], _Shape], int]] = {
     "matmul": _product,
     "addmm": _product,
     "grouped_mm": _product,  # each row meets the matrix of one expert
+    "experts": _product,
     "sdpa": _attention,
     "lstm": _recurrent,
     "gru": _recurrent,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, helper
 from tests.targets.onnxruntime.one_op import OneOp
 from torch import Tensor
 from torch.nn import functional as F
@@ -168,3 +169,22 @@ def test_ordered_sum_is_left_to_right() -> None:
     x = torch.tensor([2.0**24, 1.0, 1.0, -(2.0**24)])
     assert ordered_sum(x).item() == 0.0
     assert ordered_sum(x.flip(0)).item() == 2.0
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("number", [torch.float32, torch.int64])
+def test_equal_values_keep_their_order_when_sorted(largest: bool, number: torch.dtype) -> None:
+    """The router of a mixture of experts sorts small integers: torch leaves the order of equal ones open."""
+    x = torch.randint(0, 4, (5, 300), generator=torch.Generator().manual_seed(2)).to(number)
+    for count in (300, 7):
+        graph = OneOp()
+        operands = [graph.input(x.numpy()), graph.constant(np.array([count]))]
+        graph.nodes.append(helper.make_node("TopK", operands, ["values", "places"], largest=int(largest)))
+        graph.outputs.append(helper.make_tensor_value_info("places", TensorProto.INT64, None))
+        places = graph.run()[0]
+        attrs = {"dim": 1, "k": count, "largest": largest, "descending": largest}
+        found = FLOAT_OPS["topk"](attrs, x)
+        assert torch.equal(found[1], places) and torch.equal(found[0], x.gather(1, places))
+        if count == 300:
+            assert torch.equal(FLOAT_OPS["sort"](attrs, x)[1], places)
+            assert torch.equal(FLOAT_OPS["argsort"](attrs, x), places)

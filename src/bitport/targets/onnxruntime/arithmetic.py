@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitport.errors import TargetError
+from bitport.graph.experts import rows_of
 from bitport.numerics.arithmetic import (
     Call,
     QSpec,
@@ -78,6 +80,26 @@ def matmul(call: Call) -> Tensor:
     """QLinearMatMul, MatMulIntegerToFloat: as linear; the second operand may have one scale per column."""
     a, b = _quantized(call, 0), _quantized(call, 1)
     return _finish(call, multiply(a, b), a.scale * b.scale, -1)
+
+
+def experts(call: Call) -> Tensor:
+    """One MatMulIntegerToFloat an expert, their rows put together; a QuantizeLinear of its own where wanted.
+
+    operands: x [S, K], weight [E·N, K] with scales [E·N], ends: int [E].
+    """
+    x, weight, ends = _quantized(call, 0), _quantized(call, 1), call.operands[2]
+    if not isinstance(ends, Tensor):
+        raise TargetError("experts: where each expert's rows end must be plain integers")
+    outputs = weight.q.shape[0] // ends.shape[0]
+    result = torch.zeros(x.q.shape[0], outputs)
+    for expert, rows in rows_of(ends):
+        own = slice(expert * outputs, (expert + 1) * outputs)
+        w = replace(weight, q=weight.q[own])
+        if weight.axis is not None:
+            w = replace(w, scale=weight.scale[own], zero_point=weight.zero_point[own])
+        acc = project(replace(x, q=x.q[rows]), w)
+        result[rows] = acc.float() * along(x.scale * w.scale, 2, -1)
+    return result if call.out is None else quantize(result, call.out)
 
 
 def add(call: Call) -> Tensor:
@@ -232,6 +254,7 @@ KERNELS: dict[str, Callable[[Call], Tensor]] = {
     "conv": conv,
     "linear": linear,
     "matmul": matmul,
+    "experts": experts,
     "add": add,
     "mul": mul,
     "cat": cat,

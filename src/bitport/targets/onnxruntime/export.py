@@ -20,6 +20,7 @@ import torch
 
 from ...errors import ExportError, first_line
 from ...graph import Graph
+from ...graph.experts import EXPERT_LINEAR
 from ...graph.simplify import split_attention
 from ...plan import Plan, lower
 from ...plan.capture import capture
@@ -29,7 +30,7 @@ from . import decode
 from .blockwise import MATMUL_NBITS, specialize
 from .decode import SCOPES
 from .ends import integer_ends
-from .table import DETOURS, FUSED_UNASKED, MERGED_WRONGLY
+from .table import DETOURS, FUSED_UNASKED, MERGED_WRONGLY, PASSED_BACK
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -61,6 +62,7 @@ def export_model(
         barriers=FUSED_UNASKED,
         detours=DETOURS,
         apart=MERGED_WRONGLY,
+        passed=PASSED_BACK,
     )
     blockwise = [name for name, todo in plan.nodes.items() if todo.kernel == MATMUL_NBITS]
     wide = any(tie.format.bits > BYTE and tie.source not in ("weight", "bias") for tie in plan.ties.values())
@@ -175,6 +177,8 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         QUANTIZE_DYNAMIC: quantize_dynamic,
         DEQUANTIZE: dequantize,
         aten.histc.default: _histogram,
+        aten.rsub.Scalar: _from_constant,
+        EXPERT_LINEAR: _expert_linear,
         **dict.fromkeys(pools, adaptive_average_pool),
     }
 
@@ -195,6 +199,59 @@ def _grouped_product(x: Any, matrices: Any, ends: Any, bias: Any = None, out_dty
         rows = op.Slice(x, op.Slice(starts, here, after, [0]), op.Slice(stops, here, after, [0]), [0])
         parts.append(op.MatMul(rows, op.Gather(matrices, op.Constant(value_int=expert), axis=0)))
     return op.Concat(*parts, axis=0)
+
+
+def _expert_linear(x: Any, weight: Any, ends: Any) -> Any:
+    """Each expert's rows meet its own part of the weight, [E·N, K]; a dequantize follows its slice.
+
+    ONNX Runtime fuses a product with dequantizes right in front of it, so they move behind what picks the operands.
+    """
+    from onnxscript import INT64
+    from onnxscript import opset20 as op
+
+    count = ends.shape[0] if ends.shape is not None else None
+    if not isinstance(count, int) or weight.shape is None:
+        raise ExportError("a product of experts needs a known number of experts")
+    outputs = weight.shape[0] // count
+    stops = op.Cast(ends, to=INT64.dtype)
+    starts = op.Concat(op.Constant(value_ints=[0]), op.Slice(stops, [0], [count - 1], [0]), axis=0)
+    parts = []
+    for expert in range(count):
+        here, after = op.Constant(value_ints=[expert]), op.Constant(value_ints=[expert + 1])
+        first, last = op.Slice(starts, here, after, [0]), op.Slice(stops, here, after, [0])
+        own = ([expert * outputs], [(expert + 1) * outputs], [0])
+        rows = _quantized_slice(x, (first, last, [0]))
+        parts.append(op.MatMul(rows, op.Transpose(_quantized_slice(weight, own), perm=[1, 0])))
+    return op.Concat(*parts, axis=0)
+
+
+def _quantized_slice(value: Any, where: tuple[Any, Any, Any]) -> Any:
+    """A slice along the first axis, of the integers where the value is dequantized (scales along it as well)."""
+    from onnxscript import opset20 as op
+
+    made = value.producer()
+    if made is None or made.op_type != "DequantizeLinear":
+        return op.Slice(value, *where)
+    integers, scale, zero_point = made.inputs
+    if scale.shape is not None and len(scale.shape):
+        scale, zero_point = op.Slice(scale, *where), op.Slice(zero_point, *where)
+    return op.DequantizeLinear(op.Slice(integers, *where), scale, zero_point, axis=0)
+
+
+def _from_constant(x: Any, value: float, alpha: float = 1) -> Any:
+    """value − alpha·x; PyTorch's own decomposition fails where x is of integers and the value is not."""
+    from onnxscript import FLOAT
+    from onnxscript import opset20 as op
+
+    if isinstance(value, float) and x.dtype is not None and x.dtype.is_integer():
+        x = op.Cast(x, to=FLOAT.dtype)
+
+    def constant(number: float) -> Any:
+        is_int = isinstance(number, int)
+        made = op.Constant(value_int=number) if is_int else op.Constant(value_float=number)
+        return op.CastLike(made, x)
+
+    return op.Sub(constant(value), x if alpha == 1 else op.Mul(constant(alpha), x))
 
 
 def _histogram(x: Any, bins: int = 100, min: float = 0, max: float = 0) -> Any:

@@ -212,7 +212,26 @@ def mean(attrs: Attrs, x: Tensor) -> Tensor:
     return result if attrs.get("keepdim") else result.reshape([x.shape[d] for d in kept])
 
 
-FLOAT_OPS: dict[str, Callable[..., Tensor]] = {
+def sort(attrs: Attrs, x: Tensor) -> tuple[Tensor, Tensor]:
+    """TopK over the whole axis: of equal values the first one comes first (torch leaves their order open).
+
+    attrs: dim, descending. Returns values and int64 indices, both of x's shape.
+    """
+    values, indices = torch.sort(x, stable=True, dim=attrs["dim"], descending=attrs["descending"])
+    return values, indices
+
+
+def argsort(attrs: Attrs, x: Tensor) -> Tensor:
+    return sort(attrs, x)[1]
+
+
+def topk(attrs: Attrs, x: Tensor) -> tuple[Tensor, Tensor]:
+    """TopK, equal values in order of their place. attrs: dim, k, largest."""
+    values, indices = sort({"dim": attrs["dim"], "descending": attrs["largest"]}, x)
+    return values.narrow(attrs["dim"], 0, attrs["k"]), indices.narrow(attrs["dim"], 0, attrs["k"])
+
+
+FLOAT_OPS: dict[str, Callable[..., Any]] = {
     "sigmoid": sigmoid,
     "tanh": tanh,
     "exp": exp,
@@ -225,6 +244,9 @@ FLOAT_OPS: dict[str, Callable[..., Tensor]] = {
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
     "mean": mean,
+    "sort": sort,
+    "argsort": argsort,
+    "topk": topk,
 }
 """Float operators whose torch kernels give other bits than ONNX Runtime's, by kind."""
 

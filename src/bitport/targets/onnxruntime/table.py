@@ -68,7 +68,18 @@ def _contraction(graph: Graph, node: fx.Node, op: Op) -> str | None:
         return objection
     if op.kind == "conv" and op.attrs.get("padding_mode", "zeros") != "zeros":
         return f"{op.attrs['padding_mode']} padding has no integer kernel"
-    terms = math.prod(graph.tensor(weight.tensor).shape[1:])
+    return _overflow(graph, weight.tensor)
+
+
+def _stack(graph: Graph, node: fx.Node, op: Op) -> str | None:
+    weight = op.operands[1]
+    if weight is None or weight.tensor is None:
+        return "its weight is computed while running"
+    return _overflow(graph, weight.tensor)
+
+
+def _overflow(graph: Graph, weight: str) -> str | None:
+    terms = math.prod(graph.tensor(weight).shape[1:])
     if terms * LARGEST_ACTIVATION * LARGEST_WEIGHT > INT32_LIMIT:
         return f"sums of {terms} products could overflow the 32-bit accumulator"
     return None
@@ -91,6 +102,10 @@ def ruleset(*, integer_io: bool = False) -> Ruleset:
         OpRule(
             ("linear",), (Free(), Weight(0), Derived("bias")), Free(), "QGemm", "compute",
             clamps=True, float_output=True, when=_contraction,
+        ),
+        OpRule(
+            ("experts",), (Free(), Weight(0), None), Free(), "MatMulIntegerToFloat", "compute",
+            float_output=True, when=_stack,
         ),
         OpRule(
             ("linear",), (Ranged(), Weight(0), None), None, "DynamicQuantizeMatMul", "compute",
@@ -165,3 +180,7 @@ FUSED_UNASKED = frozenset(
 # Pad with zeros, then MaxPool: ONNX Runtime 1.31 moves the padding into the pool, where it means minus infinity, so
 # windows of negative values lose their zeros (in float too; the AveragePool and Conv forms are right).
 MERGED_WRONGLY = frozenset({("pad", "max_pool")})
+
+# Float moves through which ONNX Runtime 1.31 carries a quantize back to what made the tensor. It doesn't count the
+# outputs of the network as readers, so an output there would become the dequantized integers.
+PASSED_BACK = frozenset(MOVES)
