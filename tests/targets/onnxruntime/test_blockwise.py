@@ -88,6 +88,7 @@ def test_blockwise_products(width: int, level: int) -> None:
         for bits in ((1, 2, 3, 4, 5, 8) if level else (1, 2, 3, 4))
         for rows, group, symmetric, bias in (
             (5, 32, True, True), (3, 16, False, False), (1, 96, False, True), (4, 0, False, True), (2, 48, True, False),
+            (6, 64, False, True),
         )
     ]  # fmt: skip
     ran, wanted = run(cases, width, level=level, lead=(3,) if level else (2, 3))
@@ -127,7 +128,8 @@ def test_layouts() -> None:
     assert layout(4, 32, 1024, 4) == Layout(4, 32)
     assert layout(3, 32, 1024, 0) == Layout(4, 32)
     assert layout(2, 16, 1024, 4) == Layout(4, 16), "2 bits in blocks of 16 would multiply floats, and slowly"
-    assert layout(2, 256, 1024, 4) == Layout(2, 128)
+    assert layout(2, 32, 1024, 4) == Layout(4, 32), "the kernel for 2 bits in blocks of 32 is slower"
+    assert layout(2, 256, 1024, 4) == Layout(2, 128) and layout(2, 64, 1024, 4) == Layout(2, 64)
     assert layout(4, 96, 1024, 4) == Layout(4, 32)
     assert layout(8, 32, 1024, 0) is None and layout(8, 32, 1024, 4) == Layout(8, 32)
     assert layout(4, 24, 1024, 4) is None and layout(4, 24, 20, 4) == Layout(4, 32)
