@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bitport.errors import FormatError
-from bitport.formats import Format
+from bitport.formats import SCALES, Format
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 AXES = st.one_of(st.none(), st.integers(-4, 4))
@@ -19,12 +22,40 @@ def integer_formats(draw: st.DrawFn) -> Format:
         fmt = fmt.with_(bits=draw(st.integers(fmt.bits, 32)))
     if draw(st.booleans()) and low < fmt.zero_point < high:
         fmt = fmt.with_(symmetric=True)
-    if draw(st.booleans()):
-        fmt = fmt.with_(granularity="channel", axis=draw(AXES))
-    return fmt
+    granularity = draw(st.sampled_from(["global", "tensor", "channel", "group"]))
+    axis = draw(AXES) if granularity in ("channel", "group") else None
+    group = draw(st.integers(1, 10**6)) if granularity == "group" else None
+    fmt = fmt.with_(granularity=granularity, axis=axis, group=group)
+    return replace(fmt, scale=draw(st.sampled_from(SCALES)))
 
 
-@given(integer_formats())
+@st.composite
+def other_formats(draw: st.DrawFn) -> Format:
+    """Formats of any kind but integers, as fields."""
+    kind = draw(st.sampled_from(["float", "log2", "table", "learned"]))
+    fields: dict[str, Any] = {"kind": "codebook"}
+    if kind == "float":
+        fields = {"kind": kind, "exponent": draw(st.integers(1, 8)), "mantissa": draw(st.integers(0, 10))}
+    elif kind == "log2":
+        fields = {"kind": kind, "bits": draw(st.integers(2, 8))}
+    elif kind == "table":
+        fields["table"] = draw(st.sampled_from(["nf4", "sign"]))
+    else:
+        fields |= {"table": "learned", "size": draw(st.integers(2, 256))}
+    if (fields.get("exponent"), fields.get("mantissa")) in ((5, 10), (8, 7)):
+        return Format(**fields)
+    granularity = draw(st.sampled_from(["global", "tensor", "channel", "group"]))
+    if granularity in ("channel", "group"):
+        fields["axis"] = draw(AXES)
+    if granularity == "group":
+        fields["group"] = draw(st.integers(1, 10**6))
+    return Format(**fields, granularity=granularity, scale=draw(st.sampled_from(SCALES)))
+
+
+FORMATS = integer_formats() | other_formats()
+
+
+@given(FORMATS)
 def test_text_round_trip(fmt: Format) -> None:
     again = Format.parse(str(fmt))
     assert again == fmt
@@ -46,7 +77,40 @@ def test_bits_are_the_smallest_that_hold_the_range(fmt: Format) -> None:
     assert fmt.levels == len(range(fmt.low, fmt.high + 1))
 
 
-@given(st.text(max_size=30) | st.from_regex(r"u?int[0-9n\[\],() a-z-]{0,24}", fullmatch=True))
+WORDS = [
+    *[
+        "int8",
+        "int4n",
+        "uint4",
+        "int[-3,9]",
+        "ternary",
+        "float16",
+        "e4m3",
+        "e2m1",
+        "e8m0",
+        "log2(4)",
+        "nf4",
+        "sign",
+    ],
+    *["codebook(5)", "mxfp4", "nvfp4", "symmetric", "tensor", "global", "channel", "channel(1)", "group(32)"],
+    *[
+        "group(8,-1)",
+        "group( 8 , 1 )",
+        "bits(5)",
+        "bits(8)",
+        "scale(e8m0)",
+        "scale(float16)",
+        "scale(none)",
+        "group(0)",
+    ],
+]
+
+
+@given(
+    st.text(max_size=30)
+    | st.from_regex(r"u?int[0-9n\[\],() a-z-]{0,24}", fullmatch=True)
+    | st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)
+)
 def test_any_text_gives_a_format_or_a_format_error(text: str) -> None:
     try:
         fmt = Format.parse(text)
@@ -142,6 +206,34 @@ def test_text_is_canonical(text: str, canonical: str) -> None:
         ("float8", "no format name"),
         ("int8(", "malformed"),
         ("int8; uint8", "malformed"),
+        ("int8 channel(0,1)", "no option"),
+        ("int8 group", "no option"),
+        ("int8 group(0)", "no option"),
+        ("int8 group(-4)", "no option"),
+        ("int8 group(4,1,2)", "no option"),
+        ("int8 group(4) channel", "two granularities"),
+        ("int8 global tensor", "two granularities"),
+        ("int8 scale(float64)", "no option"),
+        ("int8 scale(none)", "no option"),
+        ("int8 scale", "no option"),
+        ("mxfp4 scale(float32)", "twice"),
+        ("nvfp4 channel", "two granularities"),
+        ("e0m3", "not supported"),
+        ("e9m2", "not supported"),
+        ("e4m11", "not supported"),
+        ("e4m3 symmetric", "no symmetric"),
+        ("e4m3 bits(16)", "takes 8 bits"),
+        ("log2(1)", "2 … 8"),
+        ("log2(9)", "2 … 8"),
+        ("log2", "no format name"),
+        ("log2(4) bits(5)", "twice"),
+        ("codebook(1)", "2 … 256"),
+        ("codebook(257)", "2 … 256"),
+        ("codebook(16) bits(8)", "takes 4 bits"),
+        ("nf4(16)", "no format name"),
+        ("nf4 symmetric", "no symmetric"),
+        ("float16 scale(float32)", "no options"),
+        ("bfloat16 group(4)", "no options"),
     ],
 )
 def test_malformed_text_is_refused(text: str, why: str) -> None:
@@ -194,6 +286,20 @@ def test_zero_point_of_symmetric_formats(text: str, zero_point: int) -> None:
         ({"kind": "float", "exponent": 9, "mantissa": 3}, "not supported"),
         ({"kind": "float", "exponent": 8, "mantissa": 23, "bits": 16}, "takes 32 bits"),
         ({"kind": "float", "exponent": 8, "mantissa": 23, "symmetric": True}, "no integer range"),
+        ({"kind": "float", "exponent": 4, "mantissa": 3, "low": -8}, "no low"),
+        ({"kind": "float", "exponent": 4, "mantissa": 3, "table": "nf4"}, "no table"),
+        ({"kind": "float", "exponent": 5, "mantissa": 10, "granularity": "channel"}, "no integer range"),
+        ({"kind": "int", "low": -8, "high": 7, "table": "nf4"}, "no table"),
+        ({"kind": "int", "low": -8, "high": 7, "scale": "none"}, "scales in 'none'"),
+        ({"kind": "float", "exponent": 4, "mantissa": 3, "scale": "none"}, "scales in 'none'"),
+        ({"kind": "int", "low": -8, "high": 7, "scale": "float64"}, "scales in 'float64'"),
+        ({"kind": "int", "low": -8, "high": 7, "granularity": "group"}, "groups of 0"),
+        ({"kind": "int", "low": -8, "high": 7, "granularity": "group", "group": 2.5}, "groups of 2.5"),
+        ({"kind": "int", "low": -8, "high": 7, "group": 4}, "without the granularity group"),
+        ({"kind": "int", "low": -8, "high": 7, "granularity": "global", "axis": 0}, "without a channel"),
+        ({"kind": "log2", "bits": 4, "exponent": 3}, "no exponent"),
+        ({"kind": "codebook", "table": "nf4", "mantissa": 3}, "no mantissa"),
+        ({"kind": "codebook", "table": "learned", "size": 2.5}, "codebook"),
     ],
 )
 def test_contradictory_fields_are_refused(fields: dict[str, object], why: str) -> None:
@@ -224,6 +330,59 @@ def test_other_kinds_and_granularities(text: str, bits: int, canonical: str) -> 
     fmt = Format.parse(text)
     assert (fmt.bits, str(fmt)) == (bits, canonical)
     assert Format.parse(canonical) == fmt
+
+
+@pytest.mark.parametrize(
+    ("text", "levels"),
+    [("int8n", 255), ("ternary", 3), ("nf4", 16), ("sign", 2), ("codebook(10)", 10), ("log2(4)", 16)],
+)
+def test_levels(text: str, levels: int) -> None:
+    assert Format.parse(text).levels == levels
+    with pytest.raises(FormatError, match="no integer levels"):
+        _ = Format.parse("e4m3").levels
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("int4", (True, False, False)),
+        ("e4m3", (False, True, False)),
+        ("float16", (False, True, True)),
+        ("e5m10", (False, True, True)),
+        ("float32", (False, True, True)),
+        ("nf4", (False, False, False)),
+        ("log2(3)", (False, False, False)),
+    ],
+)
+def test_kinds(text: str, kinds: tuple[bool, bool, bool]) -> None:
+    fmt = Format.parse(text)
+    assert (fmt.is_int, fmt.is_float, fmt.unscaled) == kinds
+
+
+def test_microscaling_names_stand_for_their_parts() -> None:
+    for name, element, size, scale in (
+        ("mxfp8", "e4m3", 32, "e8m0"),
+        ("mxfp6", "e2m3", 32, "e8m0"),
+        ("mxfp4", "e2m1", 32, "e8m0"),
+        ("nvfp4", "e2m1", 16, "e4m3"),
+    ):
+        fmt = Format.parse(name)
+        assert (fmt.group, fmt.scale, fmt.granularity) == (size, scale, "group")
+        assert fmt.with_(granularity="tensor") == replace(Format.parse(element), scale=scale)
+
+
+def test_granularity_by_keyword() -> None:
+    grouped = Format.parse("int4 group(32,1)")
+    assert Format.parse("int4", granularity="group", group=32, axis=1) == grouped
+    assert Format.parse("int4 group(32,1)", granularity="channel") == Format.parse("int4 channel(1)")
+    assert Format.parse("int4 group(32,1)", granularity="global") == Format.parse("int4 global")
+    assert grouped.with_(granularity="channel") == Format.parse("int4 channel(1)")
+    assert grouped.with_(granularity="global") == Format.parse("int4 global")
+    assert grouped.with_(group=8).group == 8
+    assert grouped.with_(bits=8) == Format.parse("int4 bits(8) group(32,1)")
+    with pytest.raises(FormatError, match="groups of 0"):
+        Format.parse("int4", granularity="group")
+    assert Format.parse("nf4", symmetric=True, granularity="channel") == Format.parse("nf4 channel")
 
 
 def test_frozen() -> None:

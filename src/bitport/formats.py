@@ -115,7 +115,7 @@ class Format:
                 f"format kind {self.kind!r} is unknown: use 'int', 'float', 'log2' or 'codebook'"
             )
         check()
-        if not self.unscaled:
+        if (self.exponent, self.mantissa) not in _FLOATS.values():
             self._check_scales()
 
     def _check_int(self) -> None:
@@ -249,7 +249,10 @@ class Format:
                 raise FormatError(f"format {text!r}: {name} has no options; write {name!r} alone")
             exponent, mantissa = _FLOATS[name]
             return cls("float", exponent=exponent, mantissa=mantissa)
-        options = _parse_name(text, name) | options
+        named = _parse_name(text, name)
+        if "bits" in named.keys() & options.keys():
+            raise FormatError(f"format {text!r} gives its bits twice: leave bits(…) away")
+        options = named | options
         if symmetric is not None and options["kind"] == "int":
             options["symmetric"] = symmetric
         if granularity is not None:

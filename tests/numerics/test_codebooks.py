@@ -109,3 +109,11 @@ def test_nothing_to_learn_from() -> None:
     assert learn(torch.zeros(5), 3).tolist() == [0, 0, 0]
     with pytest.raises(FormatError, match="tensor's own table"):
         fixed_table("learned")
+
+
+def test_the_callers_values_stay_unless_they_are_scratch() -> None:
+    x = torch.tensor([3.0, 1.0, 2.0])
+    wanted = learn(x, 2)
+    assert x.tolist() == [3, 1, 2]
+    assert torch.equal(learn(x, 2, scratch=True), wanted)
+    assert x.tolist() == [1, 2, 3]

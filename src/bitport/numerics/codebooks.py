@@ -36,7 +36,7 @@ SIGN = (-1.0, 1.0)
 _FIXED = {"nf4": NF4, "sign": SIGN}
 _ROUNDS = 100
 # Sums over sorted values are kept at every so many values only: 1/64 of the memory of all of them in float64.
-_STRIDE = 128
+_STRIDE, _PART = 128, 64
 
 
 def fixed_table(name: str) -> Tensor:
@@ -60,7 +60,7 @@ def nearest(x: Tensor, table: Tensor) -> Tensor:
     return torch.bucketize(x.double().contiguous(), (values[1:] + values[:-1]) / 2, right=True)
 
 
-def learn(x: Tensor, size: int) -> Tensor:
+def learn(x: Tensor, size: int, *, scratch: bool = False) -> Tensor:
     """A table with a small squared error for the values of x, ascending, float32 [size].
 
     k-means in one dimension (Han et al. 2015, arXiv:1510.00149), Lloyd's algorithm to its fixed point, at most 100
@@ -71,8 +71,9 @@ def learn(x: Tensor, size: int) -> Tensor:
     Args:
         x: float32, any shape; values within a few orders of magnitude of 1, so that squares don't overflow.
         size: at least 2.
+        scratch: whether x may be overwritten, which saves a copy.
     """
-    ordered = torch.from_numpy(_sorted(x))
+    ordered = torch.from_numpy(_sorted(x, scratch))
     if ordered.numel() == 0:
         return torch.zeros(size)
     distinct = _distinct(ordered, size)
@@ -94,7 +95,9 @@ class _Sums:
     def __init__(self, ordered: Tensor) -> None:
         self.ordered = ordered
         whole = ordered.numel() // _STRIDE
-        blocks = ordered[: whole * _STRIDE].reshape(whole, _STRIDE).sum(1, dtype=torch.float64)
+        strides = ordered[: whole * _STRIDE].reshape(whole, _STRIDE)
+        # In parts: a sum in float64 copies what it adds.
+        blocks = torch.cat([part.sum(1, dtype=torch.float64) for part in torch.split(strides, _PART)])
         self.prefix = torch.cat([torch.zeros(1, dtype=torch.float64), blocks.cumsum(0)])
 
     def holds(self, value: float) -> bool:
@@ -138,9 +141,10 @@ def _lloyd(sums: _Sums, table: Tensor, zero: bool) -> Tensor:
     return table
 
 
-def _sorted(x: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def _sorted(x: Tensor, scratch: bool) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     # numpy sorts in place; torch.sort makes an int64 index of every value too.
-    values = x.detach().float().cpu().reshape(-1).numpy().copy()
+    values = x.detach().float().cpu().reshape(-1).numpy()
+    values = values if scratch else values.copy()
     values += 0.0  # −0 becomes 0
     values.sort()
     return values

@@ -70,7 +70,7 @@ def fit(w: Tensor, fmt: Format, spec: Spec = "minmax") -> Grid:
     if fmt.table != "learned":
         return Grid(fmt, scale, zero_point)
     x_RK = rows(w, fmt) / scale.reshape(-1, 1)
-    table = codebooks.learn(restore(x_RK, fmt, w.shape), fmt.size)
+    table = codebooks.learn(restore(x_RK, fmt, w.shape), fmt.size, scratch=True)
     # Weights of 3e38 on scales that end at 2^126: rounding must not make the product infinite.
     most = _FLOAT32_MAX / max(1.0, float(scale.max()) if scale.numel() else 1.0) * (1 - 2.0**-22)
     return Grid(fmt, scale, zero_point, table.clamp(-most, most))
@@ -180,7 +180,10 @@ def _row_errors(x_RK: Tensor, grid: Grid, size_R: Tensor) -> Tensor:
 
 def _means(w: Tensor, fmt: Format) -> Tensor:
     """The mean magnitude of each row, float64 [R]."""
-    sums_R: Tensor = torch.linalg.vector_norm(rows(w, fmt), 1, dim=1, dtype=torch.float64)
+    x_RK = rows(w, fmt)
+    sums_R = torch.zeros(x_RK.shape[0], dtype=torch.float64)
+    for block in blocks(x_RK.shape):
+        sums_R[block[0]] += x_RK[block].abs().sum(1, dtype=torch.float64)
     return sums_R / row_sizes(w.shape, fmt).clamp(min=1)
 
 
