@@ -22,7 +22,8 @@ from .errors import BitportError, DataError, GateFailed, LoadError, RecipeError
 from .forecast import inspect
 from .frontends import pytorch
 from .graph import Graph
-from .graph.archive import check_weights, load_pt2
+from .graph.archive import load_pt2
+from .graph.weights import check_weights
 from .metrics import Metric
 from .page import render
 from .progress import NullProgress, Progress
@@ -46,6 +47,7 @@ def load(
     *,
     dynamic_shapes: Any = "batch",
     device: str = "cpu",
+    nonfinite: str = "refuse",
 ) -> Graph:
     """Bring a network into bitport.
 
@@ -54,6 +56,8 @@ def load(
         example_inputs: a tensor, a tuple, or a dict of keyword arguments.
         dynamic_shapes: "batch" (axis 0 of every input), or what `torch.export.export` takes.
         device: where the graph lives.
+        nonfinite: what to do about weights that are NaN or infinite: "refuse", or "zero": they become 0, and a note
+            names each tensor with its counts. Running statistics are refused all the same.
 
     Raises:
         LoadError: it can't be read or captured; UnsafeFile when reading it would execute code.
@@ -64,7 +68,7 @@ def load(
             raise LoadError(
                 "an nn.Module needs example_inputs: a tensor, a tuple, or a dict of keyword arguments"
             )
-        return pytorch.load_module(model, example_inputs, dynamic_shapes, device)
+        return pytorch.load_module(model, example_inputs, dynamic_shapes, device, nonfinite)
     if not isinstance(model, str | Path):
         raise LoadError(f"a {type(model).__name__} can't be loaded: give an nn.Module or the path of a file")
     path = Path(model)
@@ -73,7 +77,7 @@ def load(
     if path.is_dir():
         return Artifact.load(path).original
     if path.suffix == ".pt2":
-        return load_pt2(path, device)
+        return load_pt2(path, device, nonfinite)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise LoadError(
             f"{path.name} holds pickled objects, which could run code: save the network with "

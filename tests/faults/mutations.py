@@ -177,17 +177,31 @@ MUTATIONS = (
     # ------------------------------------------------------------------------------------- weights, numbers
     Mutation(
         "NaN and infinite weights are refused when loading",
-        "graph/archive.py",
+        "graph/weights.py",
         "        if nans or finite:\n",
         "        if False:\n",
         _CAPTURE + "test_bad_weights_are_named_and_counted",
     ),
     Mutation(
         "complex weights are refused",
-        "graph/archive.py",
+        "graph/weights.py",
         "        if tensor.is_complex():\n",
         "        if False:\n",
         _STRUCTURE + "test_complex_weights_and_inputs_are_refused",
+    ),
+    Mutation(
+        "weights that were set to zero are named",
+        "graph/weights.py",
+        "            said.append(\n",
+        "            str(\n",
+        _NUMBERS + "test_nonfinite_weights_become_zero_where_that_is_asked_for",
+    ),
+    Mutation(
+        "statistics are never set to zero",
+        "graph/weights.py",
+        "or not tensor.is_floating_point() or _is_statistic(name):",
+        "or not tensor.is_floating_point():",
+        _NUMBERS + "test_statistics_are_not_set_to_zero",
     ),
     Mutation(
         "weights are looked at again when compressing",

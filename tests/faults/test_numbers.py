@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from tests import small
 from tests.flow import Net, assert_exact, context, conv, images, prepare, ship, tokens
 from torch import Tensor, nn
@@ -15,7 +17,8 @@ from torch.nn import functional as F
 
 import bitport
 from bitport.artifact import make_target
-from bitport.errors import DataError, GateFailed, WeightsError
+from bitport.cli import cli
+from bitport.errors import DataError, GateFailed, LoadError, WeightsError
 from bitport.formats import Format
 from bitport.numerics.quantize import qparams, raise_weight_scale_for_bias
 from bitport.numerics.ranges import weight_losses, weight_ranges
@@ -43,6 +46,61 @@ def run(model: nn.Module, out: Path, x: Tensor = X, target: str = "null", **opti
     return bitport.compress(
         bitport.load(model, x), given.pop("recipe", "int8"), target=target, out=out, **given
     )
+
+
+# ------------------------------------------------------------------------------------- 17: weights set to zero
+
+
+def spoilt(m: small.Tiny) -> None:
+    m.body.weight.view(-1)[:3] = torch.tensor([float("nan"), float("inf"), float("nan")])
+    m.fc.bias[1] = -float("inf")
+
+
+def test_nonfinite_weights_become_zero_where_that_is_asked_for(tmp_path: Path) -> None:
+    model = edited(spoilt)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    graph = bitport.load(model, X, nonfinite="zero")
+    for name in ("body.weight", "fc.bias"):
+        wanted = before[name].nan_to_num(0.0, 0.0, 0.0)
+        assert torch.equal(graph.tensor(name).detach(), wanted)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+    artifact = bitport.compress(
+        graph, "int8", target="null", data=small.calibration(), metric="mse", out=tmp_path / "out"
+    )
+    told = [note for note in artifact.measurements["notes"] if "were set to 0" in note]
+    assert [note.partition(" were")[0] for note in told] == [
+        "2 NaN and 1 infinite of 576 values of 'body.weight'",
+        "0 NaN and 1 infinite of 3 values of 'fc.bias'",
+    ]
+
+
+def test_nonfinite_weights_of_a_file_become_zero_too(tmp_path: Path) -> None:
+    with torch.no_grad():
+        torch.export.save(torch.export.export(edited(spoilt), (X,)), tmp_path / "net.pt2")
+    with pytest.raises(WeightsError, match=r'body\.weight holds 2 NaN and 1 infinite .*nonfinite = "zero"'):
+        bitport.load(tmp_path / "net.pt2")
+    graph = bitport.load(tmp_path / "net.pt2", nonfinite="zero")
+    assert len([note for note in graph.notes if "were set to 0" in note]) == 2
+    words = ["inspect", str(tmp_path / "net.pt2"), "--json"]
+    refused, taken = (CliRunner().invoke(cli, [*words, *more]) for more in ([], ["--nonfinite", "zero"]))
+    assert (refused.exit_code, taken.exit_code) == (1, 0)
+    assert json.loads(taken.stdout)["notes"] == graph.notes
+
+
+def test_healthy_weights_are_left_alone_and_masks_stay_infinite() -> None:
+    assert bitport.load(small.tiny(), X, nonfinite="zero").notes == bitport.load(small.tiny(), X).notes
+    net = Net(lambda m, x: m.a(x) + m.mask, a=nn.Linear(12, 8), mask=torch.full((8,), -float("inf")))
+    graph = bitport.load(net, tokens(2), nonfinite="zero")
+    assert bool(torch.isinf(graph.tensor("mask")).all())
+
+
+def test_statistics_are_not_set_to_zero() -> None:
+    model = edited(lambda m: m.bn.running_var[0].fill_(float("nan")))
+    with pytest.raises(WeightsError, match=r"bn\.running_var holds 1 NaN.*train it again or repair it$"):
+        bitport.load(model, X, nonfinite="zero")
+    with pytest.raises(LoadError, match="nonfinite='drop' is unknown: use 'refuse' or 'zero'"):
+        bitport.load(small.tiny(), X, nonfinite="drop")
 
 
 # ------------------------------------------------------------------------------------- 19: NaN activations
@@ -183,6 +241,26 @@ def test_biases_of_any_rank(kind: str) -> None:
     prepared = prepare(net, [tokens(8)])
     assert_exact(ship(prepared, tokens(4)))
     assert prepared.real_error(tokens(4)) < 0.05
+
+
+SIZED: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
+    "linear": (lambda: nn.Linear(6, 4), torch.zeros(2, 6), 4),
+    "conv": (lambda: nn.Conv2d(1, 4, 3), X, 4),
+    "conv transposed": (lambda: nn.ConvTranspose2d(1, 4, 3), X, 4),
+    "batch norm": (lambda: nn.BatchNorm1d(4), torch.zeros(2, 4), 4),
+    "layer norm": (lambda: nn.LayerNorm(4), torch.zeros(2, 4), 4),
+}
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+@pytest.mark.parametrize("kind", SIZED)
+def test_a_bias_of_another_size_is_refused_by_name(kind: str, size: int) -> None:
+    make, x, wanted = SIZED[kind]
+    model = nn.Sequential(nn.Identity(), make())
+    model[1].bias = nn.Parameter(torch.full((size,), 0.3))
+    said = rf"can't be captured: .*; 1\.bias has {size} values, its layer takes {wanted}: give it {wanted}"
+    with pytest.raises(LoadError, match=said):
+        bitport.load(model.eval(), x)
 
 
 # ------------------------------------------------------------------------------------- 35: spread ranges

@@ -32,6 +32,12 @@ _CALLABLE = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 # ---------------------------------------------------------------------------------------------- commands
 
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+_nonfinite = click.option(
+    "--nonfinite",
+    type=click.Choice(["refuse", "zero"]),
+    default="refuse",
+    help="Weights that are NaN or infinite: refuse them (default), or set them to zero and say so.",
+)
 _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 
 
@@ -57,14 +63,15 @@ def cli() -> None:
 @cli.command(short_help="Layers, MACs, and what a target would run in integers.")
 @click.argument("model")
 @click.option("--target", metavar="T", help="Runtime: also tell what it would run in integers.")
+@_nonfinite
 @_json
-def inspect(model: str, target: str | None, as_json: bool) -> None:
+def inspect(model: str, target: str | None, nonfinite: str, as_json: bool) -> None:
     """Layers, parameters, MACs; what a target would run in integers, and the speed to expect."""
 
     def work(progress: Progress) -> Outcome:
         from .. import api
 
-        found = api.inspect(_load(model, progress), target=target)
+        found = api.inspect(_load(model, progress, nonfinite), target=target)
         return Outcome(found, lambda: terminal().inspection(found))
 
     run(work, as_json)
@@ -85,6 +92,7 @@ def inspect(model: str, target: str | None, as_json: bool) -> None:
 @click.option("--max-drop", type=float, metavar="X", help="Largest loss allowed, in the metric's unit.")
 @click.option("--effort", metavar="E", help="fast, balanced or best.")
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Artifact folder.")
+@_nonfinite
 @_json
 def compress(
     model: str,
@@ -97,6 +105,7 @@ def compress(
     max_drop: float | None,
     effort: str | None,
     out: Path,
+    nonfinite: str,
     as_json: bool,
 ) -> None:
     """Compress MODEL, run it on the target, and write the artifact with its proof to DIR.
@@ -110,7 +119,7 @@ def compress(
         from .. import api
 
         api.prepare(recipe, target, effort)  # a wrong name is told before a large network is loaded
-        graph = _load(model, progress)
+        graph = _load(model, progress, nonfinite)
         api.compress(
             graph,
             recipe,
@@ -235,14 +244,14 @@ def _version(context: click.Context) -> NoReturn:
     context.exit()
 
 
-def _load(spec: str, progress: Progress) -> Any:
+def _load(spec: str, progress: Progress, nonfinite: str) -> Any:
     """The graph of MODEL: a path, or `module:callable` looked up from the current folder."""
     from .. import api
 
     with progress.task(f"load {spec}"):
         if Path(spec).exists() or not _CALLABLE.fullmatch(spec):
-            return api.load(spec)
-        return api.load(*_call(spec))
+            return api.load(spec, nonfinite=nonfinite)
+        return api.load(*_call(spec), nonfinite=nonfinite)
 
 
 def _call(spec: str) -> tuple[Any, Any]:

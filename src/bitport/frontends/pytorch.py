@@ -16,15 +16,19 @@ from torch.utils import _pytree as pytree
 
 from bitport.errors import BitportError, LoadError, first_line
 from bitport.frontends._training import decides, erased
-from bitport.graph.archive import check_weights
 from bitport.graph.export import quiet_export
 from bitport.graph.graph import META, Graph, InputSpec
 from bitport.graph.program import finish, from_program
 from bitport.graph.raise_ops import RaisedModule
+from bitport.graph.weights import check_weights, settled
 
 
 def load_module(
-    model: nn.Module, example_inputs: Any, dynamic_shapes: Any = "batch", device: str = "cpu"
+    model: nn.Module,
+    example_inputs: Any,
+    dynamic_shapes: Any = "batch",
+    device: str = "cpu",
+    nonfinite: str = "refuse",
 ) -> Graph:
     """Captures a module in eval mode and raises it. The module is not modified.
 
@@ -33,6 +37,7 @@ def load_module(
         dynamic_shapes: "batch" (axis 0 of every input that shares the first one's), None (all fixed), or a
         structure
             as `torch.export.export` takes it.
+        nonfinite: "refuse" or "zero", as `graph.weights.settled` takes it.
 
     Raises:
         LoadError: the model can't be captured; names the user's line for data-dependent control flow.
@@ -41,12 +46,15 @@ def load_module(
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise LoadError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the eager model")
-    check_weights(model)
+    if nonfinite == "refuse":
+        check_weights(model)  # before it is copied
     if isinstance(model, RaisedModule) and META in model.meta:
-        return _again(model, device)
+        return _again(model, device, nonfinite)
     args, kwargs = _example(example_inputs, device)
     copied = _copy(model).to(device).eval()
+    zeroed = settled(copied, nonfinite)
     capture = _Capture(copied, args, kwargs)
+    capture.notes += zeroed
     capture.run(dynamic_shapes)
     twin = _copy(copied) if decides(copied) else None
     graph = from_program(capture.program, copied, capture.axes(), capture.notes)
@@ -55,12 +63,14 @@ def load_module(
     return graph
 
 
-def _again(model: RaisedModule, device: str) -> Graph:
+def _again(model: RaisedModule, device: str, nonfinite: str) -> Graph:
     """A module that `Graph.module` gave: the graph is still in it, with its names."""
     copied = copy.deepcopy(model).to(device).eval()
     known = copied.meta[META]
     inputs = [InputSpec(*item) for item in known["inputs"]]
-    return finish(copied, inputs, known["notes"], known["stage"], known["sizes"])
+    return finish(
+        copied, inputs, [*known["notes"], *settled(copied, nonfinite)], known["stage"], known["sizes"]
+    )
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -178,7 +188,8 @@ class _Capture:
         except BitportError:
             raise
         except Exception as error:
-            raise LoadError(f"the model can't be captured: {first_line(error)}{_user_line(error)}") from error
+            hint = _odd_bias(self.model) or _user_line(error)
+            raise LoadError(f"the model can't be captured: {first_line(error)}{hint}") from error
 
     def _placeholders(self, program: torch.export.ExportedProgram) -> list[str]:
         return [str(name) for name in program.graph_signature.user_inputs]
@@ -215,6 +226,19 @@ class _Capture:
                     self.notes.append(
                         f"axis {axis} of {label!r} is fixed at {value.shape[axis]}: the model needs it"
                     )
+
+
+def _odd_bias(model: nn.Module) -> str:
+    """The first bias whose size doesn't fit its layer, which torch's own message doesn't name."""
+    for name, module in model.named_modules():
+        bias, weight = getattr(module, "bias", None), getattr(module, "weight", None)
+        if not isinstance(bias, Tensor) or not isinstance(weight, Tensor) or not weight.dim():
+            continue
+        wanted = getattr(module, "out_channels", weight.shape[0])
+        if isinstance(wanted, int) and bias.numel() != wanted and bias.shape != weight.shape:
+            where = f"{name}.bias" if name else "bias"
+            return f"; {where} has {bias.numel()} values, its layer takes {wanted}: give it {wanted}"
+    return ""
 
 
 def _is_axes(value: Any) -> bool:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch import Tensor, nn
 
-from bitport.errors import BitportError, LoadError, WeightsError, first_line
+from bitport.errors import BitportError, LoadError, first_line
 from bitport.graph._pt2_scan import scanned
 from bitport.graph.export import quiet_export
 from bitport.graph.graph import Graph
 from bitport.graph.program import from_program
+from bitport.graph.weights import settled
 
 NAMES_FILE = "bitport.json"
 
@@ -78,12 +78,15 @@ class _Careful(io.RawIOBase):
             raise self._error
 
 
-def load_pt2(path: str | Path, device: str = "cpu") -> Graph:
+def load_pt2(path: str | Path, device: str = "cpu", nonfinite: str = "refuse") -> Graph:
     """Reads a `.pt2` made by `save_pt2` or by plain `torch.export.save`.
+
+    nonfinite: "refuse" or "zero", as `graph.weights.settled` takes it.
 
     Raises:
         UnsafeFile: the file needs more than plain tensors; nothing of it was executed.
         LoadError: it is no readable `.pt2`.
+        WeightsError: as `settled`.
     """
     archive = scanned(path)
     extra = {NAMES_FILE: ""}
@@ -106,7 +109,7 @@ def load_pt2(path: str | Path, device: str = "cpu") -> Graph:
         raise LoadError(
             f"{Path(path).name} holds a program that can't be followed ({first_line(error)})"
         ) from error
-    check_weights(graph.gm)
+    graph.notes += settled(graph.gm, nonfinite)
     if not known and graph.inputs and graph.inputs[0].shape and not isinstance(graph.inputs[0].shape[0], str):
         first = graph.inputs[0]
         graph.notes.append(f"axis 0 of {first.name!r} is fixed at {first.shape[0]}: the file was exported so")
@@ -133,32 +136,3 @@ def _known(text: str | bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) and found.get("schema") == 1 else {}
-
-
-def check_weights(model: nn.Module) -> None:
-    """Refuses NaN or infinite parameters and statistics; other buffers (masks) may be infinite but not
-    NaN."""
-    tensors: list[tuple[str, Tensor, bool]] = [(n, p, True) for n, p in model.named_parameters()]
-    tensors += [(n, b, n.rpartition(".")[2].startswith("running_")) for n, b in model.named_buffers()]
-    for name, tensor, finite in tensors:
-        if nn.parameter.is_lazy(tensor):
-            raise LoadError(f"{name} is uninitialised: run the model once before loading it")
-        if tensor.is_complex():
-            raise LoadError(f"{name} is complex ({tensor.dtype}): only real networks can be compressed")
-        if not tensor.is_floating_point() or tensor.is_meta:
-            continue
-        data = tensor.detach()
-        if name.endswith("running_var") and bool((data < 0).any()):
-            channel = int(torch.nonzero(data.flatten() < 0)[0])
-            raise WeightsError(
-                f"{name} holds a variance of {float(data.flatten()[channel]):g} in channel {channel}: "
-                "re-estimate its statistics on training data"
-            )
-        if bool(torch.isfinite(data).all()):
-            continue
-        nans, infs = int(torch.isnan(data).sum()), int(torch.isinf(data).sum())
-        if nans or finite:
-            raise WeightsError(
-                f"{name} holds {nans} NaN and {infs} infinite of {tensor.numel()} values: "
-                f"train it again or repair it"
-            )
