@@ -221,7 +221,7 @@ def test_model_from_a_callable(api: FakeApi, tmp_path: Path, monkeypatch: pytest
     (tmp_path / "my_nets_a.py").write_text("class nets:\n    def small(): return ('model', 'example')\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert invoke("inspect", "my_nets_a:nets.small").exit_code == 0
-    assert api.calls[0] == ("load", ("model", "example"), {})
+    assert api.calls[0] == ("load", ("model", "example"), {"nonfinite": "refuse"})
 
 
 @pytest.mark.parametrize(

@@ -310,6 +310,20 @@ MUTATIONS = (
         _SOURCE + "TestReading::test_a_one_shot_iterator_is_refused_with_the_remedy",
     ),
     Mutation(
+        "a loader that hangs is ended",
+        "data/patience.py",
+        "signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)",
+        "self._held = True",
+        "tests/data/test_patience.py::test_opening_may_hang_too",
+    ),
+    Mutation(
+        "a slow loader is told",
+        "data/patience.py",
+        "if waited >= TOLD_SECONDS and told != self._since:",
+        "if False:",
+        "tests/data/test_patience.py::test_a_slow_loader_is_told_once_and_goes_on",
+    ),
+    Mutation(
         "NaN is refused in evaluation data",
         "data/source.py",
         'if bad and self.role != "calibration":',

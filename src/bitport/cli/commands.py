@@ -249,9 +249,8 @@ def _load(spec: str, progress: Progress, nonfinite: str) -> Any:
     from .. import api
 
     with progress.task(f"load {spec}"):
-        if Path(spec).exists() or not _CALLABLE.fullmatch(spec):
-            return api.load(spec, nonfinite=nonfinite)
-        return api.load(*_call(spec), nonfinite=nonfinite)
+        given = (spec,) if Path(spec).exists() or not _CALLABLE.fullmatch(spec) else _call(spec)
+        return api.load(*given, nonfinite=nonfinite)
 
 
 def _call(spec: str) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitport.data.batch import Batch, InputLike, check_inputs, to_flat
+from bitport.data.patience import Patience
 from bitport.errors import BitportError, DataError
 
 ROLES = ("calibration", "train", "evaluation")
@@ -34,7 +36,7 @@ class Source:
     batches of a pass; elsewhere, or above that, NaN is an error. Infinite inputs pass: masks use them.
 
     Raises DataError, with the index of the batch: one-shot iterators, empty data, a loader that raises (its
-    error is the cause), wrong types, names, shapes or dtypes, missing labels, NaN.
+    error is the cause) or hangs (`data.patience`), wrong types, names, shapes or dtypes, missing labels, NaN.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Source:
         self._labels = labels
         self._specs = specs
         self._open = _opener(data, role)
+        self._held = isinstance(data, (list, tuple))
         self._hash: _StreamHash | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -114,27 +117,26 @@ class Source:
 
     def _elements(self) -> Iterator[Any]:
         """What the user's data yields; whatever it raises becomes a DataError that names the batch."""
-        index = 0
-        try:
-            iterator = iter(self._open())
-        except BitportError:
-            raise
-        except Exception as error:
-            raise DataError(f"the {self.role} data can't be opened ({_told(error)})") from error
-        while True:
+        with Patience(self.role, held=self._held) as patience:
             try:
-                element = next(iterator)
-            except StopIteration:
-                return
+                iterator = patience.wait(0, lambda: iter(self._open()))
             except BitportError:
                 raise
             except Exception as error:
-                raise DataError(
-                    f"the {self.role} data raised at batch {index} ({_told(error)}): mend the loader",
-                    batch=index,
-                ) from error
-            yield element
-            index += 1
+                raise DataError(f"the {self.role} data can't be opened ({_told(error)})") from error
+            for index in itertools.count():
+                try:
+                    element = patience.wait(index, lambda: next(iterator))
+                except StopIteration:
+                    return
+                except BitportError:
+                    raise
+                except Exception as error:
+                    raise DataError(
+                        f"the {self.role} data raised at batch {index} ({_told(error)}): mend the loader",
+                        batch=index,
+                    ) from error
+                yield element
 
     def _is_usable(self, flat: Sequence[Tensor], index: int) -> bool:
         for name, tensor in zip(self.names, flat, strict=True):

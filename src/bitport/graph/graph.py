@@ -328,7 +328,7 @@ class Graph:
         for name, tensor in sorted(tensors, key=lambda item: item[0]):
             data = tensor.detach().cpu().contiguous()
             state.update(f"{name}:{data.dtype}:{tuple(data.shape)}".encode())
-            state.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+            state.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
         return state.hexdigest()
 
 
