@@ -22,8 +22,9 @@ from bitport.errors import GateFailed
 PUBLIC = [
     "Artifact", "ArtifactError", "Batch", "BitportError", "DataError", "ExportError", "Format",
     "FormatError", "GateFailed", "GraphError", "Interrupted", "LoadError", "Locked", "Metric",
-    "MetricError", "MissingDependency", "Recipe", "RecipeError", "Tampered", "TargetError", "UnknownName",
-    "UnsafeFile", "WeightsError", "compress", "dequantize", "load", "report", "requantize", "targets", "verify",
+    "MetricError", "MissingDependency", "NotEnoughMemory", "Recipe", "RecipeError", "Tampered", "TargetError",
+    "UnknownName", "UnsafeFile", "WeightsError", "compress", "dequantize", "load", "report", "requantize",
+    "targets", "verify",
 ]  # fmt: skip
 HEAVY = (
     "torch",
@@ -95,7 +96,7 @@ def test_signatures_are_those_of_the_fixed_interface() -> None:
     required = inspect.Parameter.empty
     positional, named = shape(bitport.load)
     assert positional == ["model", "example_inputs"]
-    assert named == {"dynamic_shapes": "batch", "device": "cpu"}
+    assert named == {"dynamic_shapes": "batch", "device": "cpu", "nonfinite": "refuse"}
     positional, named = shape(bitport.compress)
     assert positional == ["graph", "recipe"]
     assert named == {

@@ -23,11 +23,12 @@ from .forecast import inspect
 from .frontends import pytorch
 from .graph import Graph
 from .graph.archive import load_pt2
+from .graph.program import spans
 from .graph.weights import check_weights
 from .metrics import Metric
 from .page import render
 from .progress import NullProgress, Progress
-from .proof import cost, device, doubts
+from .proof import cost, device, doubts, preflight
 from .proof.measure import Subject, measure
 from .proof.task import rehearse_on
 from .recipe import Recipe
@@ -125,6 +126,7 @@ def compress(
     Raises:
         WeightsError: parameters hold NaN or infinite values.
         GateFailed: a gate failed or is undecided; the result lies in `<out>.rejected/` with its report.
+        NotEnoughMemory: less is left than the run takes at least; told before any work.
         Interrupted: stopped at a step's edge; the same call goes on from there.
         BitportError: anything else that is wrong; `out` is as it was.
     """
@@ -156,6 +158,8 @@ def compress(
             workspace.out, lambda: identity(graph, calibration, explicit, runtime, seed, device)
         )
         first = _first(judged)
+        given = [judged] if judged is calibration else [judged, calibration]
+        preflight.ask(graph, [first.inputs, *(_first(other).inputs for other in given[1:])])
         shapes = [spec.shape for spec in graph.outputs]
         chosen = metrics.get(metric, first.labels is not None, first.labels, shapes)
         rehearse_on(graph, first, chosen)
@@ -184,6 +188,7 @@ def compress(
         record["notes"] = [
             *context.notes,
             *doubts.of_data(calibration, judged, evaluation is not None),
+            *(note for data in given for note in doubts.of_scale(data, graph.examples, "the example inputs")),
             *doubts.of_task(record["task"], graph),
             *record["notes"],
         ]
@@ -280,6 +285,10 @@ def verify(
             record = measure(_moved(opened, subject, target, Path(scratch)), judged, chosen, limit, listener)
         record["golden"] = None
         record["golden_reason"] = f"the golden outputs are of {opened.target.name}, not of {target}"
+    if given:
+        sample = artifacts.read_sample(opened.path, subject.graph, opened.plan)
+        known = spans(sample, [spec.name for spec in subject.graph.inputs])
+        notes += doubts.of_scale(judged, known, "the artifact's golden sample")
     record["notes"] = [*notes, *record["notes"]]
     return Measurement(record)
 

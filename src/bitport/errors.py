@@ -16,6 +16,7 @@
     ├── ArtifactError        an artifact folder can't be read or written
     │   ├── Locked           another run is writing to the same folder
     │   └── Tampered         a file does not match its manifest
+    ├── NotEnoughMemory      there is less memory left than the work takes at least
     ├── Interrupted          stopped by a signal at a step's edge
     └── GateFailed           the result exists but misses what was asked of it
 
@@ -112,6 +113,10 @@ class Locked(ArtifactError):
 
 class Tampered(ArtifactError):
     """A file does not match the checksum in its manifest."""
+
+
+class NotEnoughMemory(BitportError):
+    """There is less memory left than the work takes at least; told before it begins."""
 
 
 class Interrupted(BitportError):

@@ -324,6 +324,20 @@ MUTATIONS = (
         "tests/data/test_patience.py::test_a_slow_loader_is_told_once_and_goes_on",
     ),
     Mutation(
+        "data on another scale than the example is told",
+        "proof/doubts.py",
+        "if ours >= OTHER_SCALE * theirs or theirs >= OTHER_SCALE * ours:",
+        "if False:",
+        _STRUCTURE + "test_data_on_another_scale_than_the_example_is_told",
+    ),
+    Mutation(
+        "an agreement that says little is told",
+        "proof/doubts.py",
+        'if metric != "agreement" or samples < ENOUGH_TO_TELL or len(classes) != 1:',
+        "if True:",
+        _STRUCTURE + "test_one_class_for_everything_is_told_where_agreement_is_all_there_is",
+    ),
+    Mutation(
         "NaN is refused in evaluation data",
         "data/source.py",
         'if bad and self.role != "calibration":',
@@ -364,6 +378,21 @@ MUTATIONS = (
         '        if record["verdict"]["passed"]:\n            place = workspace.publish()\n',
         "        if True:\n            place = workspace.publish()\n",
         "tests/test_contract.py::test_a_failed_gate_without_an_earlier_result_makes_no_folder",
+    ),
+    # ------------------------------------------------------------------------------------- memory
+    Mutation(
+        "memory is asked for before any work",
+        "api.py",
+        "        preflight.ask(",
+        "        str(",
+        "tests/faults/test_operations.py::test_too_little_memory_is_one_line_and_the_artifact_stays",
+    ),
+    Mutation(
+        "the limit of the control group counts",
+        "proof/preflight.py",
+        '    found += [(left, "the control group\'s limit") for left in _groups(proc, groups)]\n',
+        "",
+        "tests/proof/test_preflight.py::test_what_is_left_is_the_least_of_machine_group_and_limit",
     ),
     # ------------------------------------------------------------------------------------- folders, runs
     Mutation(

@@ -229,6 +229,88 @@ def test_a_float_network_that_guesses_is_told(tmp_path: Path) -> None:
     assert [note for note in notes if "guessing" in note] == []
 
 
+def told(artifact: bitport.Artifact, words: str) -> list[str]:
+    return [note for note in artifact.measurements["notes"] if words in note]
+
+
+def test_data_on_another_scale_than_the_example_is_told(tmp_path: Path) -> None:
+    example = small.patterns(4)[0].clamp(0, 1)
+    graph = bitport.load(small.tiny(), example)
+    bytes_, pixels = [[scale * x for x in small.calibration()] for scale in (255, 1)]
+
+    def run(data: list[Tensor], judged: list[Tensor], out: str) -> bitport.Artifact:
+        return bitport.compress(
+            graph, "int8", target="null", data=data, evaluation=judged, metric="mse", out=tmp_path / out
+        )
+
+    both = told(run(bytes_, bytes_, "both"), "spans")
+    assert [note.partition(" spans")[0] for note in both] == [
+        f"input 'x' of the {role} data" for role in ("evaluation", "calibration")
+    ]
+    assert "that of the example inputs 0 … 1: check that both are preprocessed as in training" in both[0]
+    (one,) = told(run(pixels, bytes_, "one"), "spans")
+    assert one.startswith("input 'x' of the evaluation data")
+    right = run(pixels, pixels, "right")
+    assert told(right, "spans") == []
+    # an artifact remembers by its golden sample
+    for data, words in ((bytes_, ["that of the artifact's golden sample"]), (pixels, [])):
+        notes = bitport.verify(right.path, data=data).record["notes"]
+        found = [note for note in notes if "spans" in note]
+        assert len(found) == len(words) and all(word in note for word, note in zip(words, found, strict=True))
+
+
+ORDINARY = {
+    "normal example, pixels": (torch.randn(1, 1, 8, 8), torch.rand(8, 1, 8, 8)),
+    "pixels, normalized data": (torch.rand(1, 1, 8, 8), 2.6 * torch.randn(8, 1, 8, 8)),
+    "zeros, bytes": (torch.zeros(1, 1, 8, 8), 255 * torch.rand(8, 1, 8, 8)),
+    "ones, bytes": (torch.ones(1, 1, 8, 8), 255 * torch.rand(8, 1, 8, 8)),
+    "normal example, black data": (torch.randn(1, 1, 8, 8), torch.zeros(8, 1, 8, 8)),
+    "bytes, bytes": (255 * torch.rand(1, 1, 8, 8), 255 * torch.rand(8, 1, 8, 8)),
+    "bytes of a dark picture": (255 * torch.rand(1, 1, 8, 8), 30 * torch.rand(8, 1, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", ORDINARY)
+def test_ordinary_data_raises_no_doubt_about_its_scale(kind: str) -> None:
+    example, data = ORDINARY[kind]
+    graph = bitport.load(small.tiny(), example)
+    source = bitport.data.Source([data], role="calibration", names=["x"], labels="ignored")
+    assert doubts.of_scale(source, graph.examples, "the example inputs") == []
+
+
+@pytest.mark.parametrize("scale", [255.0, 1 / 255])
+def test_both_directions_and_infinite_values(scale: float, tmp_path: Path) -> None:
+    example = torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(small.tiny(), (example,)), tmp_path / "net.pt2")
+    data = scale * torch.rand(8, 1, 8, 8)
+    data[0, 0, 0, 0] = -float("inf")
+    source = bitport.data.Source([data, -data.abs()], role="calibration", names=["x"], labels="ignored")
+    for graph in (bitport.load(small.tiny(), example), bitport.load(tmp_path / "net.pt2")):
+        assert len(doubts.of_scale(source, graph.examples, "the example inputs")) == 1
+        assert graph.clone().examples == graph.examples
+
+
+def test_one_class_for_everything_is_told_where_agreement_is_all_there_is(tmp_path: Path) -> None:
+    biased = small.tiny()
+    with torch.no_grad():
+        biased.fc.bias[1] = 1e3
+    graph = bitport.load(biased, X)
+    judged = [x for x, _ in small.evaluation()]
+    given = {"target": "null", "data": small.calibration()}
+    (note,) = told(
+        bitport.compress(graph, "int8", evaluation=judged, out=tmp_path / "a", **given), "one class"
+    )
+    assert note.startswith("the float network puts all 64 samples into one class (number 1 of 3), so that")
+    # few samples, several classes, labels, and other metrics are no reason
+    assert doubts.of_classes("agreement", 19, {1}, 3) == []
+    assert doubts.of_classes("agreement", 64, {0, 1}, 3) == []
+    assert doubts.of_classes("top1", 64, {1}, 3) == []
+    usual = small.compressed(tmp_path / "b", evaluation=judged)
+    assert usual.measurements["task.metric"] == "agreement"
+    assert told(usual, "one class") == []
+
+
 # ------------------------------------------------------------------------------------- 52: metrics
 
 UNSTEADY: dict[str, Callable[[], Metric]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,10 +59,12 @@ class Source:
         self._open = _opener(data, role)
         self._held = isinstance(data, (list, tuple))
         self._hash: _StreamHash | None = None
+        self._spans: dict[str, tuple[float, float]] = {}
 
     def __iter__(self) -> Iterator[Batch]:
         fresh = _StreamHash() if self._hash is None else None
         dropped, index = 0, -1
+        widest: dict[str, tuple[float, float]] = {}
         for index, element in enumerate(self._elements()):
             flat, labels = to_flat(element, self.names, index)
             if self._specs is not None:
@@ -76,6 +79,7 @@ class Source:
                 )
             if fresh is not None:
                 fresh.update(flat, labels)
+                widest = _widened(widest, self.names, flat)
             if not self._is_usable(flat, index):
                 dropped += 1
                 continue
@@ -89,7 +93,7 @@ class Source:
                 f"{MAX_DROPPED_SHARE:.0%}: mend or remove those samples"
             )
         if fresh is not None:
-            self._hash = fresh
+            self._hash, self._spans = fresh, widest
 
     def digest(self, *, labels: bool = True) -> str:
         """SHA-256 (hex) over names, dtypes, shapes and bytes of all samples, in their order; not of the batch
@@ -107,6 +111,11 @@ class Source:
     def distinct(self) -> int:
         """How many samples differ from each other."""
         return len(self._hashed().samples)
+
+    def spans(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest finite value of each float input over all samples."""
+        self._hashed()
+        return self._spans
 
     def _hashed(self) -> _StreamHash:
         if self._hash is None:
@@ -242,6 +251,24 @@ class _StreamHash:
         if labels:
             total.update(self._labels.digest())
         return total.hexdigest()
+
+
+def _widened(
+    spans: dict[str, tuple[float, float]], names: Sequence[str], flat: Sequence[Tensor]
+) -> dict[str, tuple[float, float]]:
+    found = dict(spans)
+    for name, tensor in zip(names, flat, strict=True):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = (float(end) for end in torch.aminmax(tensor))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            finite = tensor[torch.isfinite(tensor)]
+            if not finite.numel():
+                continue
+            low, high = (float(end) for end in torch.aminmax(finite))
+        before = found.get(name, (low, high))
+        found[name] = (min(low, before[0]), max(high, before[1]))
+    return found
 
 
 def _rows(tensor: Tensor) -> list[bytes]:

@@ -18,7 +18,7 @@ from bitport.errors import BitportError, LoadError, first_line
 from bitport.frontends._training import decides, erased
 from bitport.graph.export import quiet_export
 from bitport.graph.graph import META, Graph, InputSpec
-from bitport.graph.program import finish, from_program
+from bitport.graph.program import finish, from_program, spans
 from bitport.graph.raise_ops import RaisedModule
 from bitport.graph.weights import check_weights, settled
 
@@ -49,7 +49,9 @@ def load_module(
     if nonfinite == "refuse":
         check_weights(model)  # before it is copied
     if isinstance(model, RaisedModule) and META in model.meta:
-        return _again(model, device, nonfinite)
+        again = _again(model, device, nonfinite)
+        again.examples = spans(pytree.tree_leaves(example_inputs), [item.name for item in again.inputs])
+        return again
     args, kwargs = _example(example_inputs, device)
     copied = _copy(model).to(device).eval()
     zeroed = settled(copied, nonfinite)
@@ -58,6 +60,7 @@ def load_module(
     capture.run(dynamic_shapes)
     twin = _copy(copied) if decides(copied) else None
     graph = from_program(capture.program, copied, capture.axes(), capture.notes)
+    graph.examples = spans(pytree.tree_leaves((args, kwargs)), [item.name for item in graph.inputs])
     if twin is not None:
         graph.notes.extend(erased(copied, twin, args, kwargs, graph))
     return graph

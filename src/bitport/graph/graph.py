@@ -73,6 +73,8 @@ class Graph:
         self.origin: dict[str, Any] = {}
         self.stage = stage
         self.sizes = dict(sizes or {})  # axis name -> the length it had in the example
+        # input name -> lowest and highest value of its example, where one was given; no part of what the network is
+        self.examples: dict[str, tuple[float, float]] = {}
         self.entries: dict[str, tuple[InputSpec, ...]] = {"forward": self.inputs}
         self._ops: dict[fx.Node, tuple[Any, Op]] = {}
         self._symbols: dict[str, str] = {}
@@ -196,6 +198,7 @@ class Graph:
         """A deep copy that shares nothing with this graph."""
         twin = Graph(copy.deepcopy(self.gm), self.inputs, self.notes, self.stage, self.sizes)
         twin.origin = dict(self.origin)
+        twin.examples = dict(self.examples)
         return twin
 
     def to(self, device: str | torch.device) -> Graph:
@@ -328,7 +331,7 @@ class Graph:
         for name, tensor in sorted(tensors, key=lambda item: item[0]):
             data = tensor.detach().cpu().contiguous()
             state.update(f"{name}:{data.dtype}:{tuple(data.shape)}".encode())
-            state.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            state.update(data.reshape(-1).view(torch.uint8).numpy().data)
         return state.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -93,6 +94,17 @@ def finish(
     return graph
 
 
+def spans(examples: Iterable[Any], names: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """Lowest and highest value of each float example; none of constant ones, which are placeholders, not data."""
+    found = {}
+    for name, value in zip(names, examples, strict=False):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel() and not value.is_meta:
+            low, high = (float(end) for end in torch.aminmax(value.detach().float()))
+            if low < high and math.isfinite(low) and math.isfinite(high):
+                found[name] = (low, high)
+    return found
+
+
 def held_in(program: torch.export.ExportedProgram) -> list[Held]:
     """The tensors of a program that came from a file; ties are restored where tensors share their memory."""
     signature = program.graph_signature
@@ -149,4 +161,4 @@ def _unclaimed(inputs: Iterable[InputSpec]) -> None:
             )
 
 
-__all__ = ["finish", "from_program", "held_in"]
+__all__ = ["finish", "from_program", "held_in", "spans"]

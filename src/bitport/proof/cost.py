@@ -153,7 +153,7 @@ def macs(graph: Graph, sizes: Mapping[str, int] | None = None) -> dict[str, int]
         op = graph.op(node)
         if op.kind in _MACS and not graph.is_constant(node):
             shapes = [_concrete(graph, node, operand, known) for operand in op.operands]
-            number = _MACS[op.kind](shapes, _resolve(graph, node, graph.shape(node), known))
+            number = _MACS[op.kind](shapes, resolve(graph, node, graph.shape(node), known))
         elif op.kind.startswith("other:") and not graph.is_constant(node):
             number = _unknown(graph, node, known)
         else:
@@ -173,7 +173,7 @@ def _unknown(graph: Graph, node: fx.Node, known: Mapping[str, int]) -> int:
     def stand_in(value: fx.Node) -> Any:
         example = value.meta.get("val")
         if isinstance(example, Tensor):
-            shape = _resolve(graph, node, graph.shape(value), known)
+            shape = resolve(graph, node, graph.shape(value), known)
             return torch.empty(shape, dtype=example.dtype, device="meta")
         return example.node.hint if isinstance(example, torch.SymInt) else example
 
@@ -235,12 +235,13 @@ def _concrete(graph: Graph, node: fx.Node, operand: Operand | None, known: Mappi
         return ()
     if operand.node is None:
         return tuple(graph.tensor(str(operand.tensor)).shape)
-    return _resolve(graph, node, graph.shape(operand.node), known)
+    return resolve(graph, node, graph.shape(operand.node), known)
 
 
-def _resolve(
+def resolve(
     graph: Graph, node: fx.Node, shape: tuple[int | str, ...] | None, known: Mapping[str, int]
 ) -> _Shape:
+    """A shape of a node with the lengths of its symbolic axes put in. Raises GraphError where one is unknown."""
     try:
         return tuple(axis if isinstance(axis, int) else _evaluate(axis, known) for axis in shape or ())
     except (KeyError, SyntaxError, TypeError, ZeroDivisionError) as error:

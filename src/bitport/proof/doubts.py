@@ -15,6 +15,9 @@ from ..graph import Graph
 
 FEW_SAMPLES = 16  # fewer distinct ones hardly show a network's ranges
 ENOUGH_TO_TELL = 20  # samples, before accuracy is compared with guessing
+OTHER_SCALE = (
+    32  # bytes are 255 times pixels in 0…1 and 60 times normal numbers; ordinary data is within 10 of both
+)
 
 
 def of_data(calibration: Source, judged: Source, has_evaluation: bool) -> list[str]:
@@ -49,4 +52,39 @@ def of_task(task: Mapping[str, Any], graph: Graph) -> list[str]:
     return [
         f"the float network itself is right on {wording.percent(found)} of {samples} samples, no better than "
         f"guessing among {classes} classes: check the preprocessing, the labels, and the order of the classes"
+    ]
+
+
+def of_scale(data: Source, known: Mapping[str, tuple[float, float]], whose: str) -> list[str]:
+    """Inputs that are many times larger or smaller than those the network is known by: another preprocessing?
+
+    Args:
+        known: input name → (lowest, highest) value of an example; constant examples tell nothing and aren't in it.
+        whose: what they are called, as "the example inputs".
+    """
+    notes = []
+    for name, (low, high) in data.spans().items():
+        if name not in known or low == high:
+            continue
+        ours, theirs = max(-low, high), max(-known[name][0], known[name][1])
+        if ours >= OTHER_SCALE * theirs or theirs >= OTHER_SCALE * ours:
+            span = f"{known[name][0]:.4g} … {known[name][1]:.4g}"
+            notes.append(
+                f"input {name!r} of the {data.role} data spans {low:.4g} … {high:.4g}, that of {whose} {span}: "
+                "check that both are preprocessed as in training"
+            )
+    return notes
+
+
+def of_classes(metric: str, samples: int, classes: set[int], count: int) -> list[str]:
+    """Agreement with a network that says the same of everything is empty.
+
+    Args:
+        classes: those the float network chose, among `count`.
+    """
+    if metric != "agreement" or samples < ENOUGH_TO_TELL or len(classes) != 1:
+        return []
+    return [
+        f"the float network puts all {samples} samples into one class (number {min(classes)} of {count}), "
+        "so that agreement with it says little: check the preprocessing of the data, or give labels"
     ]

@@ -182,6 +182,7 @@ def _run_task(
                 compared += found[0].argmax(-1).numel()
             bar.advance(1)
     record["task"] = task.record()
+    record["notes"] += task.doubts()
     if parity is None:
         record["parity"] = _empty(_PARITY, "nothing is quantized")
     else:

@@ -23,6 +23,7 @@ from ..errors import DataError, MetricError
 from ..graph import Graph
 from ..metrics import Metric, Outputs, Ragged
 from ..numerics.intervals import Interval, bootstrap_dataset, paired_binary, paired_mean, verdict
+from . import doubts
 
 _NO_LIMIT = "no max_drop was given"
 _UNSTEADY = (
@@ -88,6 +89,8 @@ class TaskAccumulator:
         self._sides: dict[str, list[Any]] = {"float": [], "simulated": [], "runtime": []}
         self._labels: list[Any] = []
         self._samples = 0
+        self._classes: set[int] = set()  # of the float network, as long as they are few
+        self._of = 0
 
     def update(
         self, float_out: Outputs, sim_out: Outputs | None, run_out: Outputs, labels: Any | None = None
@@ -120,6 +123,9 @@ class TaskAccumulator:
         done = self._metric.dataset is None or self._metric.collect is not None
         self._labels.append(True if done and labels is not None else labels)
         self._samples += _length(float_out)
+        if isinstance(float_out, Tensor) and float_out.dim() == 2 and len(self._classes) < 2:
+            self._classes |= set(float_out.argmax(-1).tolist())
+            self._of = float_out.shape[-1]
 
     def _kept(self, outputs: Outputs, against: Any) -> Any:
         if self._metric.dataset is None:
@@ -163,6 +169,10 @@ class TaskAccumulator:
         if not simulated:
             made["simulated_reason"] = "not every batch was simulated"
         return made
+
+    def doubts(self) -> list[str]:
+        """What makes this comparison say little, in sentences."""
+        return doubts.of_classes(self._metric.name, self._samples, self._classes, self._of)
 
     def _judged(self, interval: Interval) -> dict[str, Any]:
         if self._max_drop is None:
