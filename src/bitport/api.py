@@ -159,10 +159,12 @@ def compress(
         )
         first = _first(judged)
         given = [judged] if judged is calibration else [judged, calibration]
-        preflight.ask(graph, [first.inputs, *(_first(other).inputs for other in given[1:])])
+        preflight.ask(graph, first.inputs)
         shapes = [spec.shape for spec in graph.outputs]
         chosen = metrics.get(metric, first.labels is not None, first.labels, shapes)
         rehearse_on(graph, first, chosen)
+        for other in given[1:]:
+            preflight.ask(graph, _first(other).inputs)
         context = steps.Context(
             rules=runtime.rules(),
             arithmetic=runtime.arithmetic(),

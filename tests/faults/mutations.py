@@ -383,8 +383,8 @@ MUTATIONS = (
     Mutation(
         "memory is asked for before any work",
         "api.py",
-        "        preflight.ask(",
-        "        str(",
+        "        preflight.ask(graph, first.inputs)\n",
+        "",
         "tests/faults/test_operations.py::test_too_little_memory_is_one_line_and_the_artifact_stays",
     ),
     Mutation(

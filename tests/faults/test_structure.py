@@ -279,16 +279,13 @@ def test_ordinary_data_raises_no_doubt_about_its_scale(kind: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [255.0, 1 / 255])
-def test_both_directions_and_infinite_values(scale: float, tmp_path: Path) -> None:
-    example = torch.rand(2, 1, 8, 8)
-    with torch.no_grad():
-        torch.export.save(torch.export.export(small.tiny(), (example,)), tmp_path / "net.pt2")
+def test_both_directions_and_infinite_values(scale: float) -> None:
+    graph = bitport.load(small.tiny(), torch.rand(2, 1, 8, 8))
     data = scale * torch.rand(8, 1, 8, 8)
     data[0, 0, 0, 0] = -float("inf")
     source = bitport.data.Source([data, -data.abs()], role="calibration", names=["x"], labels="ignored")
-    for graph in (bitport.load(small.tiny(), example), bitport.load(tmp_path / "net.pt2")):
-        assert len(doubts.of_scale(source, graph.examples, "the example inputs")) == 1
-        assert graph.clone().examples == graph.examples
+    assert len(doubts.of_scale(source, graph.examples, "the example inputs")) == 1
+    assert graph.clone().examples == graph.examples
 
 
 def test_one_class_for_everything_is_told_where_agreement_is_all_there_is(tmp_path: Path) -> None:

@@ -41,28 +41,28 @@ def test_too_little_is_refused_with_both_figures(monkeypatch: pytest.MonkeyPatch
         r"and 0\.3 GB are left \(a limit\): use smaller batches; BITPORT_MEMORY_GB sets"
     )
     with pytest.raises(NotEnoughMemory, match=said):
-        preflight.ask(graph, [[torch.empty(1, 1, 8, 8)], batch])
-    preflight.ask(graph, [[torch.empty(1, 1, 8, 8)]])
+        preflight.ask(graph, batch)
+    preflight.ask(graph, [torch.empty(1, 1, 8, 8)])
     monkeypatch.setenv(preflight.LIMIT, "0")
-    preflight.ask(graph, [batch])
+    preflight.ask(graph, batch)
     monkeypatch.setenv(preflight.LIMIT, "400")
-    preflight.ask(graph, [batch])
+    preflight.ask(graph, batch)
     monkeypatch.setenv(preflight.LIMIT, "a lot")
     with pytest.raises(BitportError, match="BITPORT_MEMORY_GB = 'a lot': give the GB"):
-        preflight.ask(graph, [batch])
+        preflight.ask(graph, batch)
 
 
 def test_a_small_run_is_never_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = bitport.load(small.tiny(), small.patterns(1)[0])
     monkeypatch.setattr(preflight, "available", lambda: (0.0, "a limit"))
-    preflight.ask(graph, [[torch.empty(16, 1, 8, 8)]])
+    preflight.ask(graph, [torch.empty(16, 1, 8, 8)])
 
 
 def test_weights_that_do_not_fit_have_another_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = bitport.load(Net(lambda m, x: m.a(x), a=nn.Linear(12, 2_000_000, bias=False)), tokens(2))
     monkeypatch.setattr(preflight, "available", lambda: (1e8, "a limit"))
     with pytest.raises(NotEnoughMemory, match=r"take a machine with more of it"):
-        preflight.ask(graph, [[tokens(1)]])
+        preflight.ask(graph, [tokens(1)])
 
 
 def test_what_is_left_is_the_least_of_machine_group_and_limit(tmp_path: Path) -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch.utils import _pytree as pytree
 
 from bitport.errors import BitportError, LoadError, first_line
 from bitport.graph._pt2_scan import scanned
 from bitport.graph.export import quiet_export
 from bitport.graph.graph import Graph
-from bitport.graph.program import from_program, spans
+from bitport.graph.program import from_program
 from bitport.graph.weights import settled
 
 NAMES_FILE = "bitport.json"
@@ -111,10 +110,6 @@ def load_pt2(path: str | Path, device: str = "cpu", nonfinite: str = "refuse") -
             f"{Path(path).name} holds a program that can't be followed ({first_line(error)})"
         ) from error
     graph.notes += settled(graph.gm, nonfinite)
-    if not known and program.example_inputs is not None:
-        graph.examples = spans(
-            pytree.tree_leaves(program.example_inputs), [item.name for item in graph.inputs]
-        )
     if not known and graph.inputs and graph.inputs[0].shape and not isinstance(graph.inputs[0].shape[0], str):
         first = graph.inputs[0]
         graph.notes.append(f"axis 0 of {first.name!r} is fixed at {first.shape[0]}: the file was exported so")

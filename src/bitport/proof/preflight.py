@@ -30,21 +30,18 @@ _VIEWS = frozenset(
 )  # fmt: skip
 
 
-def ask(graph: Graph, batches: Sequence[Sequence[Tensor]]) -> None:
+def ask(graph: Graph, batch: Sequence[Tensor]) -> None:
     """Hold what a compression takes at least against what is left.
 
     Args:
-        batches: flat inputs, one batch of each data set that will run; the largest counts.
+        batch: flat inputs of a batch that will run.
 
     Raises NotEnoughMemory with both figures; BitportError when `BITPORT_MEMORY_GB` is no number.
     """
     limit = _limit()
     if limit == 0:
         return
-    weights, activations = (
-        weight_bytes(graph),
-        max((live_bytes(graph, batch) for batch in batches), default=0),
-    )
+    weights, activations = weight_bytes(graph), live_bytes(graph, batch)
     wanted = WEIGHTS * weights + ACTIVATIONS * activations
     left, whose = (limit, LIMIT) if limit is not None else available()
     if wanted <= max(left, SMALL):
