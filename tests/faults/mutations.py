@@ -297,8 +297,8 @@ MUTATIONS = (
     Mutation(
         "formats are those that the runtime holds",
         "plan/options.py",
-        "if not chosen.is_float and chosen.format not in allowed:",
-        "if False:",
+        "        objection = held.objection(fmt)\n",
+        "        objection = None\n",
         _DECIDE + "test_formats_that_the_target_can_not_hold_are_refused",
     ),
     # ------------------------------------------------------------------------------------- data

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import bitport
 from bitport import Metric, Recipe
 from bitport.cli import cli
-from bitport.errors import BitportError, LoadError, MetricError, RecipeError
+from bitport.errors import BitportError, GateFailed, LoadError, MetricError, RecipeError
 from bitport.plan.options import resolve
 from bitport.proof import doubts
 from bitport.recipe import Override
@@ -239,9 +239,11 @@ def test_data_on_another_scale_than_the_example_is_told(tmp_path: Path) -> None:
     bytes_, pixels = [[scale * x for x in small.calibration()] for scale in (255, 1)]
 
     def run(data: list[Tensor], judged: list[Tensor], out: str) -> bitport.Artifact:
-        return bitport.compress(
-            graph, "int8", target="null", data=data, evaluation=judged, metric="mse", out=tmp_path / out
-        )
+        given = {"data": data, "evaluation": judged, "metric": "mse"}
+        try:
+            return bitport.compress(graph, "int8", target="null", out=tmp_path / out, **given)
+        except GateFailed as failed:  # ranges of pixels clip bytes
+            return bitport.Artifact.load(failed.path)
 
     both = told(run(bytes_, bytes_, "both"), "spans")
     assert [note.partition(" spans")[0] for note in both] == [
