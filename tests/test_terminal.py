@@ -93,3 +93,31 @@ def test_a_tick_is_given_only_where_a_limit_was_set_and_kept(
     rows = [{"name": name, "value": 0.0, "limit": 0.1, "verdict": verdict} for name, verdict in gates]
     verdict = {"passed": passed, "sentence": "the sentence.", "gates": rows}
     assert f"{mark} the sentence." in drawn(monkeypatch, tmp_path, 80, verdict=verdict)
+
+
+def test_the_report_of_an_earlier_measurement_is_called_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "report.html").write_text("")
+    stream = io.StringIO()
+    monkeypatch.setattr(terminal, "_console", lambda: Console(file=stream, width=200, highlight=False))
+    terminal.summary(fixtures.record(), tmp_path, again=True)
+    assert "  report of compress  " in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_reasons_stand_below_the_layers_where_there_is_no_room_beside_them(
+    monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(terminal, "_console", lambda: Console(file=stream, width=width, highlight=False))
+    layers = [
+        {"name": f"norm{i}", "op": "layer_norm", "shape": ["batch", 8], "parameters": 16, "macs": 0,
+         "integer": False, "reason": "the runtime has no integer LayerNorm"}
+        for i in range(3)
+    ]  # fmt: skip
+    terminal.inspection({"layers": layers, "totals": {"parameters": 48, "macs": 0, "mac_share": 0.0}})
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    below = "  in float     norm0 and 2 more: the runtime has no integer LayerNorm"
+    assert (below in lines) == (width == 80)
+    assert sum("no integer LayerNorm" in line for line in lines) == (1 if width == 80 else 3)

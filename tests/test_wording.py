@@ -73,3 +73,15 @@ def test_plain_is_printable_and_short(text: str, limit: int) -> None:
     found = wording.plain(text, limit)
     assert len(found) <= limit
     assert found.isprintable() or " " in found
+
+
+def test_losses_are_words_and_no_signs() -> None:
+    assert wording.loss(-0.0011, True, "points ") == "0.11 points better"
+    assert wording.loss(0.0, True) == wording.loss(-1e-9, True) == "no change"
+    assert wording.losses((-0.0071, 0.0042), True) == "between 0.71 better and 0.42 worse"
+
+
+def test_of_a_long_name_the_end_is_kept() -> None:
+    assert wording.tail("a.long.way.down.conv1", 10) == "down.conv1"
+    assert wording.tail("conv1", 10) == "conv1"
+    assert wording.tail("x.scaled_dot_product_attention", 11) == "scale…ntion"

@@ -84,8 +84,12 @@ def load(
             f"{path.name} holds pickled objects, which could run code: save the network with "
             "torch.export.save(torch.export.export(model, example_inputs), 'model.pt2')"
         )
+    if path.suffix == ".py":
+        raise LoadError(
+            f"{path.name} is Python: name the function in it that returns (model, example_inputs), as {path.stem}:make"
+        )
     raise LoadError(
-        f"{path.name}: no front end reads {path.suffix or 'such'} files; .pt2 files and artifact folders are"
+        f"{path.name}: no front end reads {path.suffix or 'such'} files; .pt2 files and artifact folders are read"
     )
 
 

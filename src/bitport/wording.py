@@ -85,6 +85,20 @@ def change(value: float | None, binary: bool) -> str:
     return text.replace("-", "−") if float(text) else text.lstrip("-")
 
 
+def loss(value: float, binary: bool, unit: str = "") -> str:
+    """A loss in words, because nobody knows which way the sign of a drop points: 0.11 points worse."""
+    text = change(abs(value), binary)
+    if not text.strip("0."):
+        return "no change"
+    return f"{text} {unit}{'worse' if value > 0 else 'better'}"
+
+
+def losses(interval: Sequence[float], binary: bool) -> str:
+    """An interval of losses in words: between 0.71 better and 0.42 worse."""
+    low, high = interval
+    return f"between {loss(low, binary)} and {loss(high, binary)}"
+
+
 def bound(value: float, binary: bool) -> str:
     """An upper bound of a loss, rounded up: the words never promise more than the number. At least 0."""
     scale = 1e4 if binary else 10.0 ** (2 - math.floor(math.log10(value))) if value > 0 else 1.0

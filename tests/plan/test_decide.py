@@ -314,6 +314,12 @@ def test_an_override_that_matches_nothing_is_refused() -> None:
             planned(chain(), overrides=[override])
 
 
+def test_an_override_that_nearly_matches_is_told_what_there_is() -> None:
+    net = Net(lambda m, x: m.head(m.stem(x)), stem=conv(), head=conv(8, 4))
+    with pytest.raises(RecipeError, match=r"\(match = 'heat'\) matches no operator, but there is 'head'; "):
+        planned(net, overrides=[Override("heat", weights={"format": "float32"})])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

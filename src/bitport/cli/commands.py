@@ -158,7 +158,7 @@ def verify(
     outputs: Path | None,
     as_json: bool,
 ) -> None:
-    """Run the artifact in DIR again on this machine and measure it against its float network.
+    """Run the artifact in DIR again on this machine and measure it against its float network. DIR stays as it is.
 
     With --outputs nothing is run: the .npz holds an array output.<name> for each output, made on a device from
     the arrays input.<name> of DIR/sample.npz. Exit code 3 when they differ by more than two steps.
@@ -175,7 +175,7 @@ def verify(
                 record, lambda: _draw_outputs(record), HOLDS if record["verdict"]["passed"] else GATE
             )
         record = _as_mapping(api.verify(folder, data=data, metric=metric, target=target, progress=progress))
-        return measured(record, folder)
+        return measured(record, folder, again=True)
 
     run(work, as_json)
 

@@ -71,12 +71,17 @@ def run(work: Callable[[Progress], Outcome], as_json: bool) -> NoReturn:
     sys.exit(code)
 
 
-def measured(record: Mapping[str, Any], folder: Path) -> Outcome:
-    """The outcome of a measurement of an artifact folder: 0 when every gate holds, else 3."""
+def measured(record: Mapping[str, Any], folder: Path, *, again: bool = False) -> Outcome:
+    """The outcome of a measurement of an artifact folder: 0 when every gate holds, else 3.
+
+    `again`: its report is of an earlier measurement.
+    """
     from ..proof.verdict import judge
 
     verdict = record.get("verdict") or judge(record)
-    return Outcome(record, lambda: terminal().summary(record, folder), HOLDS if verdict["passed"] else GATE)
+    return Outcome(
+        record, lambda: terminal().summary(record, folder, again=again), HOLDS if verdict["passed"] else GATE
+    )
 
 
 def shown(path: Path) -> str:

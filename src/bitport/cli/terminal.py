@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import wording
-from ..page.summary import Row, comparison, islands, section, sqnr, worst_layers
+from ..page.summary import Islands, Row, comparison, islands, section, sqnr, worst_layers
 from ..progress import Progress, Task
 from ..proof.verdict import judge, subject
 from .run import shown
@@ -46,8 +46,9 @@ def _text(value: object, style: str = "") -> Text:
     return Text(wording.plain(value), style=style)
 
 
-def summary(record: Mapping[str, Any], folder: Path) -> None:
-    """The table float | simulated | runtime, the verdict, and where to look next."""
+def summary(record: Mapping[str, Any], folder: Path, *, again: bool = False) -> None:
+    """The table float | simulated | runtime, the verdict, and where to look next. `again`: the report in the folder
+    is of an earlier measurement, and is called so."""
     console = _console()
     console.print(Text(subject(record), style="bold"))
     _comparison(console, comparison(record))
@@ -57,17 +58,13 @@ def summary(record: Mapping[str, Any], folder: Path) -> None:
     found = _next(record)
     report = folder / "report.html"
     if report.exists():
-        found.insert(0, ("report", shown(report)))
+        found.insert(0, ("report of compress" if again else "report", shown(report)))
     for label, text in found:
         head = Text(f"  {label:<11}  ", style="dim")
-        if label == "report":  # a path that is cut can't be copied: the window may wrap it
+        if label.startswith("report"):  # a path that is cut can't be copied: the window may wrap it
             console.print(head + Text(wording.plain(text, 4096), style="bold"), soft_wrap=True)
             continue
-        hint = Table.grid()
-        hint.add_column(no_wrap=True)
-        hint.add_column(overflow="fold")
-        hint.add_row(head, _text(text))
-        console.print(hint)
+        _listed(console, [(label, text)])
 
 
 def _comparison(console: Console, rows: Sequence[Row]) -> None:
@@ -119,10 +116,7 @@ def _next(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         share = wording.percent(clipped["clipped_share"], 2)
         found.append(("clipped", f"{clipped['tensor']} ({share} of its {clipped['what']})"))
     groups = islands(record)
-    for group in groups[:_ISLANDS]:
-        more = f" and {len(group.names) - 1} more" if len(group.names) > 1 else ""
-        label = "" if group is not groups[0] else "in float"
-        found.append((label, f"{group.names[0]}{more}: {group.reason}"))
+    found += _floats(groups[:_ISLANDS])
     if len(groups) > _ISLANDS:
         rest = len(groups) - _ISLANDS
         found.append(("", f"and {rest} more reason{'' if rest == 1 else 's'} in the report"))
@@ -131,6 +125,24 @@ def _next(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if len(notes) > _NOTES:
         found.append(("", f"and {len(notes) - _NOTES} more notes in the report"))
     return found
+
+
+def _floats(groups: Sequence[Islands]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for group in groups:
+        more = f" and {len(group.names) - 1} more" if len(group.names) > 1 else ""
+        rows.append(("" if rows else "in float", f"{group.names[0]}{more}: {group.reason}"))
+    return rows
+
+
+def _listed(console: Console, rows: Sequence[tuple[str, str]]) -> None:
+    """Labels, and beside each its text with a hanging indent."""
+    for label, text in rows:
+        row = Table.grid()
+        row.add_column(no_wrap=True)
+        row.add_column(overflow="fold")
+        row.add_row(Text(f"  {label:<11}  ", style="dim"), _text(text))
+        console.print(row)
 
 
 def inspection(found: Mapping[str, Any]) -> None:
@@ -149,6 +161,8 @@ def inspection(found: Mapping[str, Any]) -> None:
     table.add_column("shape")
     table.add_column("parameters", justify="right")
     table.add_column("MACs", justify="right")
+    # beside the other columns of a narrow window a reason would be a column of words
+    wide = console.width >= _WIDE
     if aimed:
         table.add_column("runs in", overflow="fold")
     for layer in layers:
@@ -161,7 +175,7 @@ def inspection(found: Mapping[str, Any]) -> None:
             Text(wording.large(layer["macs"]) if layer.get("macs") else ""),
         ]
         if aimed:
-            cells.append(_runs_in(layer))
+            cells.append(_runs_in(layer, with_reason=wide))
         table.add_row(*cells)
     console.print(table)
     console.print()
@@ -173,18 +187,21 @@ def inspection(found: Mapping[str, Any]) -> None:
     if totals.get("mac_share") is not None:
         parts.append(f"{wording.percent(totals['mac_share'])} of the MACs in integers")
     console.print(Text(", ".join(parts), style="bold"))
+    if not wide:
+        floats = [layer for layer in layers if layer.get("integer") is False and layer.get("reason")]
+        _listed(console, _floats(islands({"integer": {"float_ops": floats}})))
     if found.get("speed"):
         console.print(Text("speed to expect: ") + Text(wording.plain(found["speed"], 1000)))
     for note in found.get("notes") or ():
         console.print(Text("note: ", style="dim") + Text(wording.plain(note, 1000)))
 
 
-def _runs_in(layer: Mapping[str, Any]) -> Text:
+def _runs_in(layer: Mapping[str, Any], with_reason: bool) -> Text:
     if layer.get("integer") is None:
         return Text("")
     if layer["integer"]:
         return Text("integers", style="green")
-    reason = layer.get("reason")
+    reason = layer.get("reason") if with_reason else None
     return Text("float", style="yellow") + Text(f": {wording.plain(reason)}" if reason else "", style="dim")
 
 

@@ -62,22 +62,10 @@ def _task(record: Record) -> list[Row]:
             wording.score(task.get("float"), binary),
             wording.score(task.get("simulated"), binary),
             wording.score(task.get("runtime"), binary),
-            f"{_loss(task['drop'], binary, 'points ' if binary else '')} "
-            f"(95 %: {_between(task['ci95'], binary)})",
+            f"{wording.loss(task['drop'], binary, 'points ' if binary else '')} "
+            f"(95 %: {wording.losses(task['ci95'], binary)})",
         )
     ]
-
-
-def _loss(value: float, binary: bool, unit: str = "") -> str:
-    """A loss in words, because nobody knows which way the sign of a drop points."""
-    text = wording.change(abs(value), binary)
-    if not text.strip("0."):
-        return "no change"
-    return f"{text} {unit}{'worse' if value > 0 else 'better'}"
-
-
-def _between(ci95: Sequence[float], binary: bool) -> str:
-    return f"between {_loss(ci95[0], binary)} and {_loss(ci95[1], binary)}"
 
 
 def _size(record: Record) -> list[Row]:
@@ -159,9 +147,9 @@ def gates(record: Record, verdict: Mapping[str, Any]) -> list[tuple[str, str, st
     for gate in verdict.get("gates") or ():
         value, limit = gate.get("value"), gate.get("limit")
         if gate["name"] == "accuracy" and value is not None:
-            allowed = wording.ABSENT if limit is None else f"at most {_loss(limit, binary, unit)}"
-            low, high = (_loss(bound, binary) for bound in task["ci95"])
-            shown = (f"{_loss(value, binary, unit)} (95 %: {low} to {high})", allowed)
+            allowed = wording.ABSENT if limit is None else f"at most {wording.loss(limit, binary, unit)}"
+            low, high = (wording.loss(bound, binary) for bound in task["ci95"])
+            shown = (f"{wording.loss(value, binary, unit)} (95 %: {low} to {high})", allowed)
         elif gate["name"] == "runtime equals simulation":
             shown = (wording.percent(value), f"at least {wording.percent(limit)}")
         else:

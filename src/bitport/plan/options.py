@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol
 
@@ -131,10 +132,13 @@ def resolve(
         candidates = nodes if override.position is None else ends[override.position]
         hits = [node for node in candidates if _matches(graph, node, override)]
         if not hits:
+            given = {key: getattr(override, key) for key in ("match", "op", "type", "position")}
+            said = ", ".join(f"{key} = {value!r}" for key, value in given.items() if value is not None)
+            near = get_close_matches(override.match or "", [graph.name(node) for node in nodes], 1)
             raise RecipeError(
-                f"overrides[{index}] (match={override.match!r}, op={override.op!r}, type={override.type!r}, "
-                f"position={override.position!r}) "
-                "matches no operator; `bitport inspect MODEL` lists their names, operators and types"
+                f"overrides[{index}] ({said}) matches no operator"
+                f"{f', but there is {near[0]!r}' if near else ''}; "
+                "`bitport inspect MODEL` lists their names and operators"
             )
         for node in hits:
             w[node] = w[node].changed(override.weights or {})

@@ -86,7 +86,7 @@ def _accuracy(record: Record) -> str:
     def amount(value: Any) -> str:
         return f"{wording.change(value, binary)}{' points' if binary else ''}"
 
-    between = f"95 % interval {wording.change(low, binary)} to {wording.change(high, binary)}"
+    between = f"95 %: {wording.losses((low, high), binary)}"
     kept = f"{wording.bound(high, binary)}{' points' if binary else ''} of the float network (95 % sure)"
     if task.get("verdict") == "holds":
         return f"{subject(record)} keeps {label} within {kept}"

@@ -31,6 +31,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
         lambda: Net(lambda m, x: (lambda y: {"a": y, "b": (y, m.b(y))})(F.relu(m.a(x))), a=conv(), b=conv(8, 4)),
         images,
     ),
+    "its shape is read": (
+        lambda: Net(lambda m, x: m.b(F.relu(m.a(x - x.mean((2, 3), keepdim=True) + x.new_ones(x.shape)))),
+                    a=conv(), b=conv(8, 4)), images,
+    ),
     "an input passed through": (lambda: Net(lambda m, x: (x, m.a(x)), a=conv()), images),
     "token ids stay what they are": (
         lambda: Net2(lambda m, x, i: m.b(m.a(x) + m.e(i)), a=Linear(12, 8), e=nn.Embedding(9, 8), b=Linear(8, 4)),

@@ -63,7 +63,8 @@ def integer_ends(model: ir.Model, graph: Graph) -> None:
     for value in model.graph.inputs:
         if value.dtype != onnx_ir.DataType.FLOAT:
             continue
-        readers = [use.node for use in value.uses()]
+        # integers have the same shape
+        readers = [use.node for use in value.uses() if use.node.op_type != "Shape"]
         if not readers:
             continue
         if any(node.op_type != "QuantizeLinear" for node in readers):
