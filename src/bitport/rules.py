@@ -71,6 +71,7 @@ Mode = Literal["static", "dynamic", "weights"]
 DECODED = "decoded"
 Role = Literal["compute", "elementwise", "move"]
 Condition = Callable[["Graph", "torch.fx.Node", "Op"], str | None]
+FormatCondition = Callable[["Graph", "torch.fx.Node", "Op", Format], str | None]
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class OpRule:
         clamps: a following ReLU-like operator with a lower bound of 0 is absorbed by the output's saturation.
         float_output: the kernel can also return float32 where nobody wants its result as integers.
         mode: "dynamic" and "weights" kernels take and return float32, whoever makes or reads it.
-        holds: the weights it takes, where that is less than the ruleset's mode says.
+        takes: gives the reason why it can't run this node with weights of a format, where that is less than the
+            ruleset's mode says.
         when: gives the reason why this node can't be run so, or None.
     """
 
@@ -151,7 +153,7 @@ class OpRule:
     float_output: bool = False
     when: Condition | None = None
     mode: Mode = "static"
-    holds: Holds | None = None
+    takes: FormatCondition | None = None
 
     def operand(self, slot: int) -> Constraint:
         return self.operands[min(slot, len(self.operands) - 1)]
@@ -200,8 +202,8 @@ class Ruleset:
             for row in self.rows:
                 if op.kind in row.kinds and row.mode == tried:
                     objection = row.when(graph, node, op) if row.when else None
-                    if objection is None and row.holds is not None and weights is not None:
-                        objection = row.holds.objection(weights)
+                    if objection is None and row.takes is not None and weights is not None:
+                        objection = row.takes(graph, node, op, weights)
                     if objection is None:
                         return row, None
         if objection is None and mode == "static":

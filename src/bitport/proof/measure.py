@@ -93,7 +93,7 @@ def measure(
         "sparsity": cost.sparsity(graph),
         "integer": integer_record(graph, plan, inspection, macs),
         "versions": records.versions(),
-        "notes": [],
+        "notes": list(inspection.notes),
     }
     parity = _run_task(subject, evaluation, metric, max_drop, progress, record)
     if plan.quantized:

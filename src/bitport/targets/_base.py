@@ -28,6 +28,7 @@ class Inspection:
         counts: operator type → how many there are.
         integer: those operator types that compute on integers.
         computes: kernel → what it multiplies weights as, where that isn't int8.
+        notes: what the runtime does unasked, for the report.
         missed: operators that the plan wanted in integers and the runtime left in float, with the reason.
     """
 
@@ -36,6 +37,7 @@ class Inspection:
     missed: Mapping[str, str] = field(default_factory=dict)
     integer: frozenset[str] = frozenset()
     computes: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Session(ABC):

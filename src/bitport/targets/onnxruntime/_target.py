@@ -65,7 +65,7 @@ class OnnxRuntime(Target):
             )
 
     def rules(self) -> Ruleset:
-        return ruleset(integer_io=self.options["io"] == "integer")
+        return ruleset(integer_io=self.options["io"] == "integer", level=self.options["accuracy_level"])
 
     def arithmetic(self) -> Arithmetic:
         return Arithmetic(KERNELS | products.kernels(self.options["accuracy_level"]), FLOAT_OPS)

@@ -66,7 +66,17 @@ def inspected(nodes: Iterable[onnx.NodeProto], written: onnx.ModelProto, plan: P
             missed[name] = objection
     integer = frozenset(node.op_type for node in nodes if computes_integers(node))
     found = {name: tuple(kinds) for name, kinds in kernels.items()}
-    return Inspection(found, Counter(node.op_type for node in nodes), missed, integer)
+    rounding = sum(node.op_type == MATMUL_NBITS and computes_integers(node) for node in nodes)
+    notes = (
+        (
+            f"ONNX Runtime's MatMulNBits rounds what {rounding} layers read to 8 bits, block by block, while it runs; "
+            "[target] accuracy_level = 0 keeps floats, and is several times slower",
+        )
+        if rounding
+        else ()
+    )
+    computes = {MATMUL_NBITS: "int8, in blocks" if rounding else "float32, in blocks"}
+    return Inspection(found, Counter(node.op_type for node in nodes), missed, integer, computes, notes)
 
 
 def computes_integers(node: onnx.NodeProto) -> bool:

@@ -9,12 +9,14 @@ import math
 
 from torch import fx
 
+from ...formats import Format
 from ...graph import Graph, Op
 from ...rules import (
     ANY_WEIGHT,
     DECODED,
     Derived,
     Fixed,
+    FormatCondition,
     Free,
     Holds,
     OpRule,
@@ -28,6 +30,7 @@ from ...rules import (
     zero_padding,
 )
 from .._base import has_integer_dot_product
+from .blockwise import ROUNDS_ACTIVATIONS, layout
 
 INT32_LIMIT = 2**31 - 1
 LARGEST_ACTIVATION = 255  # u8 minus its zero point, at worst
@@ -37,9 +40,6 @@ MOVES = (
     "view", "transpose", "expand", "slice", "select", "squeeze", "unsqueeze", "split", "getitem", "cat",
     "max_pool", "pad",
 )  # fmt: skip
-
-# What MatMulNBits multiplies with; other widths are stored as they are and decoded when the file is loaded.
-BLOCKWISE = Holds(low=-128, high=255, bits=(2, 4, 8), granularities=("group",), groups=(16, 32, 64, 128, 256))
 
 REASONS = {
     "hardswish": "ONNX Runtime runs hard-swish as two float operators",
@@ -93,7 +93,27 @@ def _plain_add(graph: Graph, node: fx.Node, op: Op) -> str | None:
     )
 
 
-def ruleset(*, integer_io: bool = False) -> Ruleset:
+def _in_blocks(level: int) -> FormatCondition:
+    """What MatMulNBits multiplies with: groups only, since at level 4 it rounds activations, too."""
+
+    def objection(graph: Graph, node: fx.Node, op: Op, fmt: Format) -> str | None:
+        weight = op.operands[1]
+        if (
+            not fmt.is_int
+            or not fmt.group
+            or fmt.axis not in (None, 0)
+            or weight is None
+            or weight.tensor is None
+        ):
+            return f"MatMulNBits takes integers in groups, not {fmt}"
+        width = graph.tensor(weight.tensor).shape[-1]
+        found = layout(fmt.bits, fmt.group, width, level)
+        return None if found else f"MatMulNBits has no fast kernel for {fmt} at accuracy_level = {level}"
+
+    return objection
+
+
+def ruleset(*, integer_io: bool = False, level: int = ROUNDS_ACTIVATIONS) -> Ruleset:
     rows = (
         OpRule(
             ("conv",), (Free(), Weight(0), Derived("bias")), Free(), "QLinearConv", "compute",
@@ -113,7 +133,7 @@ def ruleset(*, integer_io: bool = False) -> Ruleset:
         ),
         OpRule(
             ("linear",), (None, Weight(0), None), None, "MatMulNBits", "compute",
-            mode="weights", when=constant_weight, holds=BLOCKWISE,
+            mode="weights", when=constant_weight, takes=_in_blocks(level),
         ),
         OpRule(
             ("conv", "linear"), (None, Weight(0), None), None, DECODED, "compute",
