@@ -96,9 +96,12 @@ class _Sums:
         self.ordered = ordered
         whole = ordered.numel() // _STRIDE
         strides = ordered[: whole * _STRIDE].reshape(whole, _STRIDE)
-        # In parts: a sum in float64 copies what it adds.
-        blocks = torch.cat([part.sum(1, dtype=torch.float64) for part in torch.split(strides, _PART)])
-        self.prefix = torch.cat([torch.zeros(1, dtype=torch.float64), blocks.cumsum(0)])
+        self.prefix = torch.zeros(whole + 1, dtype=torch.float64)
+        # In parts, because a sum in float64 copies what it adds; into place, so that the copies' memory is used again.
+        for start in range(0, whole, _PART):
+            part = strides[start : start + _PART]
+            torch.sum(part, 1, dtype=torch.float64, out=self.prefix[start + 1 : start + 1 + part.shape[0]])
+        self.prefix.cumsum_(0)
 
     def holds(self, value: float) -> bool:
         index = int(torch.searchsorted(self.ordered, torch.tensor(value)))
