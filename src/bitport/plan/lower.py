@@ -252,11 +252,11 @@ class _Lowering:
                 reads.append(None)
                 continue
             tie = self.plan.edges.get(Edge(producer_name(self.graph, operand), name, slot))
-            if tie is None or (todo.mode is not None and operand.node is not None):
+            if tie is None or (todo.mode is not None and operand.tensor is None):
                 reads.append(self._float_operand(operand, tie, name, op))
                 continue
-            if operand.node is None and (todo.mode is not None or not is_plain(self.plan.ties[tie].format)):
-                reads.append(self.weights.decoded(str(operand.tensor), tie, name))
+            if operand.tensor is not None and (todo.mode is not None or not is_plain(self.plan.ties[tie].format)):
+                reads.append(self.weights.decoded(operand.tensor, tie, name))
                 continue
             integers = self._int_operand(operand, name, slot)
             if op.kind == "conv" and slot == 0 and isinstance(op.attrs["padding"], str):
@@ -297,8 +297,9 @@ class _Lowering:
 
     def _float_operand(self, operand: Operand, tie: str | None, name: str, op: Op) -> fx.Node:
         """What a kernel that takes floats reads; rounded first where its range is taken while running."""
-        if operand.node is None:
-            return self._buffer(str(operand.tensor), self.graph.tensor(str(operand.tensor)))
+        if operand.tensor is not None:
+            return self._buffer(operand.tensor, self.graph.tensor(operand.tensor))
+        assert operand.node is not None
         if tie is None:
             return self._read_float(operand.node)
         if self.plan.ties[tie].source != "dynamic":
