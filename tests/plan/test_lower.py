@@ -135,6 +135,25 @@ def test_a_barrier_keeps_a_float_operator_from_its_neighbours(kind: str) -> None
         assert torch.equal(bare.module(x)[0], guarded.module(x)[0]), "a barrier changes no value"
 
 
+@pytest.mark.parametrize(
+    "weights", [{"format": "nf4", "granularity": "group", "group": 16}, {"format": "int3"}]
+)
+def test_a_weight_that_is_computed_from_constants_is_stored_narrow(weights: dict[str, Any]) -> None:
+    # it becomes a constant that the graph fetches by name, not a parameter of a module
+    net = Net(
+        lambda m, x: F.linear(x, m.a.weight / m.a.weight.norm(dim=1, keepdim=True), m.a.bias),
+        a=nn.Linear(12, 8),
+    )
+    x = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
+    prepared = prepare(net, [x], weights=weights, activations={"format": "float32"})
+    (name,) = [name for name, node in prepared.plan.nodes.items() if node.mode == "weights"]
+    lowered = lower(prepared.work, prepared.plan)
+    with torch.no_grad():
+        found, simulated = lowered.module(x)[0], prepared.simulator().run((x,))[0]
+    torch.testing.assert_close(found, simulated)
+    assert float((found - net(x)).detach().abs().max()) > 1e-3, f"{name} was not rounded"
+
+
 def test_a_module_called_twice_is_stored_once() -> None:
     from bitport.plan import Plan
 
