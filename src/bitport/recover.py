@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +166,9 @@ def _correct(graph: Graph, op: Op, gain: Tensor, shift: Tensor) -> None:
 
 
 def _shared(graph: Graph, tensor: str) -> bool:
-    users: Mapping[str, int] = _users(graph)
-    return users.get(tensor, 0) > 1
-
-
-def _users(graph: Graph) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for node in graph.nodes():
-        for operand in graph.op(node).operands:
-            if operand is not None and operand.tensor is not None:
-                counts[operand.tensor] = counts.get(operand.tensor, 0) + 1
-    return counts
+    """Whether more than one operand is this tensor, under any of the names that a tied one has."""
+    value = graph.tensor(tensor)
+    operands = (operand for node in graph.nodes() for operand in graph.op(node).operands)
+    return (
+        sum(o is not None and o.tensor is not None and graph.tensor(o.tensor) is value for o in operands) > 1
+    )

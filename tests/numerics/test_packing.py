@@ -10,7 +10,7 @@ from torch import Tensor
 from bitport.errors import ArtifactError, FormatError
 from bitport.numerics.packing import pack, packed_bytes, unpack
 
-WIDTHS = range(1, 17)
+WIDTHS = range(1, 25)
 
 
 def codes_of(count: int, bits: int, seed: int = 0) -> Tensor:
@@ -63,10 +63,10 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in (torch.tensor([0, 8]), torch.tensor([-1]), torch.tensor([2**32])):
         with pytest.raises(FormatError, match="doesn't fit 3 bits"):
             pack(wrong, 3)
-    for bits in (0, 17, -1):
-        with pytest.raises(FormatError, match="1 … 16"):
+    for bits in (0, 25, -1):
+        with pytest.raises(FormatError, match="1 … 24"):
             pack(torch.tensor([0]), bits)
-        with pytest.raises(FormatError, match="1 … 16"):
+        with pytest.raises(FormatError, match="1 … 24"):
             unpack(torch.zeros(1, dtype=torch.uint8), bits, 1)
     with pytest.raises(FormatError, match="integers"):
         pack(torch.tensor([1.0]), 3)

@@ -27,8 +27,9 @@ def ties(draw: st.DrawFn) -> TensorPlan:
     values = draw(st.lists(scales, min_size=count, max_size=count)) if count else draw(scales)
     scale = torch.tensor(values, dtype=torch.float32)
     known = draw(st.booleans())
+    fmt = Format.parse(draw(formats))
     return TensorPlan(
-        Format.parse(draw(formats)),
+        fmt,
         source,
         range=draw(st.sampled_from(["minmax", {"use": "percentile", "percent": 99.5}]))
         if source in ("measured", "weight")
@@ -38,7 +39,7 @@ def ties(draw: st.DrawFn) -> TensorPlan:
         factor=draw(st.floats(1e-3, 1e3)) if source == "scaled" else 1.0,
         bounds=(0.0, 1.0) if source == "fixed" else None,
         scale=scale if known else None,
-        zero_point=torch.zeros_like(scale, dtype=torch.int32) - 3 if known else None,
+        zero_point=torch.full_like(scale, max(fmt.low, -3), dtype=torch.int32) if known else None,
     )
 
 
@@ -137,3 +138,87 @@ def test_a_plan_whose_integers_nobody_carries_is_refused() -> None:
     for edges in ({}, {Edge("x", "a", 0): "x"}, {Edge("m", "b", 0): "x"}):
         with pytest.raises(GraphError, match="no edge carries"):
             Plan("t", edges, tie, {"a": conv, "m": move}).checked()
+
+
+# ------------------------------------------------------------------------------------------------ scales of groups
+
+
+def groups(text: str, scale: torch.Tensor, zero_point: torch.Tensor, **more: object) -> TensorPlan:
+    return TensorPlan(
+        Format.parse(text), "weight", members=("w",), scale=scale, zero_point=zero_point, **more
+    )  # type: ignore[arg-type]
+
+
+@given(
+    st.integers(0, 5),
+    st.integers(0, 5),
+    st.sampled_from([0, 7, -128, 128, 30000]),
+    st.integers(0, 2**32 - 1),
+)
+def test_arrays_come_back_to_the_bit(channels: int, count: int, largest: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(-126, 126, (channels, count), generator=generator)
+    scale = torch.ldexp(torch.rand(channels, count, generator=generator) + 1, exponents)
+    zero_point = (torch.randint(0, 2, (channels, count), generator=generator) * largest).to(torch.int32)
+    tie = groups("int16 group(4,0)", scale, zero_point)
+    record = json.loads(json.dumps(Plan("t", {}, {"w": tie}, {}).to_record()))
+    small = bool(((zero_point >= -128) & (zero_point <= 127)).all()) and zero_point.numel() > 0
+    assert record["ties"]["w"]["zero_point"]["type"] == ("i1" if small else "i4")
+    back = Plan.from_record(record).ties["w"]
+    assert back.scale is not None and back.zero_point is not None
+    assert torch.equal(back.scale, scale) and back.scale.dtype == torch.float32
+    assert torch.equal(back.zero_point, zero_point) and back.zero_point.dtype == torch.int32
+
+
+def test_the_table_of_a_codebook_comes_back() -> None:
+    table = torch.tensor([-1.0, -0.1, 0.0, 0.7])
+    tie = groups("codebook(4)", torch.tensor(0.3), torch.tensor(0, dtype=torch.int32), table=table)
+    back = Plan.from_record(json.loads(json.dumps(Plan("t", {}, {"w": tie}, {}).to_record()))).ties["w"]
+    assert back.table is not None and torch.equal(back.table, table)
+
+
+ARRAY = {"type": "f4", "shape": [2, 1], "base64": "AACAPwAAAEA="}
+ZEROS = {"type": "i1", "shape": [2, 1], "base64": "AAA="}
+GROUPED = {
+    "format": "int4 group(4,0)",
+    "source": "weight",
+    "members": ["w"],
+    "scale": ARRAY,
+    "zero_point": ZEROS,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scale": {**ARRAY, "shape": [1, 2]}}, "scales .* and zero points"),
+        ({"scale": {**ARRAY, "shape": [3, 1]}}, "ValueError"),
+        ({"scale": {**ARRAY, "shape": [2]}}, "is no tensor of parameters"),
+        ({"scale": {**ARRAY, "shape": [-2, -1]}}, "is no tensor of parameters"),
+        ({"scale": {**ARRAY, "shape": [2**40, 2**40]}}, "ValueError"),
+        ({"scale": {**ARRAY, "type": "O"}}, "'O' of shape .* is no tensor of parameters"),
+        ({"scale": {**ARRAY, "type": "f8"}}, "is no tensor of parameters"),
+        ({"scale": {**ARRAY, "base64": "AACAPwAAAEA"}}, "padding"),
+        ({"scale": {**ARRAY, "base64": "AACAPw!AAEA="}}, "Error"),
+        ({"scale": {**ARRAY, "base64": "AACAPw=="}}, "ValueError"),
+        ({"scale": {**ARRAY, "base64": "AADAfwAAAEA="}}, "not a finite positive number"),  # NaN
+        ({"scale": {**ARRAY, "base64": "AACAfwAAAEA="}}, "not a finite positive number"),  # infinite
+        ({"scale": {**ARRAY, "base64": "AACAvwAAAEA="}}, "not a finite positive number"),  # −1
+        ({"scale": {"type": "f4", "shape": [2, 1]}}, "KeyError"),
+        ({"zero_point": {**ZEROS, "shape": [1, 2]}}, "scales .* and zero points"),
+        ({"zero_point": {**ZEROS, "base64": 3}}, "TypeError"),
+        ({"zero_point": {**ZEROS, "base64": "B38="}}, "zero point.* outside"),  # 127 in 4 bits
+        ({"format": "int4 channel(0)"}, "scales .* and zero points"),
+        ({"scale": [[1.0], [2.0]], "zero_point": [[0.5], [0]], "format": "int4"}, "scales .* and zero points"),
+        ({"table": [1.0, 2.0]}, "a table of values that doesn't fit"),
+        ({"format": "codebook(4) group(4,0)"}, "a table of values that doesn't fit"),
+        ({"format": "codebook(2) group(4,0)", "table": [1.0]}, "a table of values that doesn't fit"),
+        ({"format": "codebook(2) group(4,0)", "table": [1.0, float("nan")]}, "a table of values"),
+        ({"format": "codebook(2) group(4,0)", "table": [[1.0], [2.0]]}, "a table of values"),
+    ],
+)  # fmt: skip
+def test_forged_arrays_are_refused(change: dict[str, object], said: str) -> None:
+    record = {"target": "null", "edges": [], "ties": {"w": GROUPED}, "nodes": {}}
+    assert Plan.from_record(record).ties["w"].parameters()[0].tolist() == [[1.0], [2.0]]
+    with pytest.raises(ArtifactError, match=rf"the plan is malformed \(.*{said}.*\): make it again"):
+        Plan.from_record({**record, "ties": {"w": {**GROUPED, **change}}})

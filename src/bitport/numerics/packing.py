@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitport.errors import ArtifactError, FormatError
 
-WIDEST = 16  # bits of a code
+WIDEST = 24  # bits of a code: shifted by up to 7 more it still fits int32
 # So many octets of codes at a time: the temporary int32 values stay in the processor's cache.
 _BLOCK = 2**12
 
@@ -29,12 +29,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: any shape (flattened) and integer type, 0 ≤ code < 2^bits.
-        bits: 1 … 16.
+        bits: 1 … 24.
 
     Returns: uint8 [ceil(n · bits / 8)].
 
     Raises:
-        FormatError: the width is outside 1 … 16, the codes are no integers, or one doesn't fit the width.
+        FormatError: the width is outside 1 … 24, the codes are no integers, or one doesn't fit the width.
     """
     _check_width(bits)
     if codes.is_floating_point() or codes.is_complex():
@@ -61,10 +61,10 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
     Args:
         packed: uint8 [ceil(count · bits / 8)].
-        bits: 1 … 16. count: how many codes the stream holds.
+        bits: 1 … 24. count: how many codes the stream holds.
 
     Raises:
-        FormatError: the width is outside 1 … 16.
+        FormatError: the width is outside 1 … 24.
         ArtifactError: the stream isn't uint8, is longer or shorter than its codes, or its last byte holds more bits.
     """
     _check_width(bits)

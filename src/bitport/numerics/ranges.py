@@ -169,6 +169,8 @@ def weight_losses(w: Tensor, fmt: Format, low: Tensor, high: Tensor, scale: Tens
         the channel (or in the group) where they are the largest share, counted only where nine of ten do; that
         channel, else -1. Only integers flush in this sense: (clipped, 0, -1) for the other kinds of formats.
     """
+    if w.numel() == 0:
+        return 0, 0, -1
     parts = _parts(w.detach().float(), fmt)
     ends = torch.maximum(-low, high).reshape(parts[0].shape[0], -1)
     steps = scale.reshape(ends.shape)
@@ -221,6 +223,8 @@ def choose_symmetry_of_weights(w: Tensor, fmt: Format, spec: Spec) -> Format:
 
     def error(candidate: Format) -> float:
         low, high = weight_ranges(w, candidate, spec)
+        if w.numel() == 0:
+            return 0.0
         parts, total, first = _parts(w.detach().float(), candidate), 0.0, 0
         low, high = low.reshape(parts[0].shape[0], -1), high.reshape(parts[0].shape[0], -1)
         for part in parts:

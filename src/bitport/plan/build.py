@@ -42,7 +42,8 @@ class _Builder:
         for producer in [*placeholders(d.graph), *d.nodes]:
             if d.emits(producer, self.float_out) or producer in d.asked:
                 for index in output_slots(d.graph, producer):
-                    self._use(d.names[producer], "output", index)
+                    tie = self._use(d.names[producer], "output", index)
+                    self._member(tie, d.names[producer], producer)
         for node, slot, operand in self.biases:
             self._bias(node, slot, operand)
         for tie in dict.fromkeys(self.edges.values()):
@@ -54,6 +55,13 @@ class _Builder:
         tie = self.d.ties.find(producer)
         self.edges[Edge(producer, consumer, slot)] = tie
         return tie
+
+    def _member(self, tie: str, name: str, producer: torch.fx.Node | None) -> None:
+        """Let a tensor's values count for the range of its tie; a move makes no values."""
+        row = self.d.rows.get(producer) if producer is not None else None
+        known = self.members.setdefault(tie, [])
+        if name not in known and (row is None or row.role != "move"):
+            known.append(name)
 
     def _float_read(self, node: torch.fx.Node, slot: int, operand: Operand | None) -> None:
         """A float operator reads the integers of an integer producer: nothing else is left of it."""
@@ -70,9 +78,7 @@ class _Builder:
             constraint, key = row.operand(slot), producer_name(d.graph, operand)
             if isinstance(constraint, Free | Shared):
                 tie = self._use(key, name, slot)
-                moved = operand.node is not None and (r := d.rows.get(operand.node)) and r.role == "move"
-                if not moved and key not in self.members.setdefault(tie, []):
-                    self.members[tie].append(key)
+                self._member(tie, key, operand.node)
             elif isinstance(constraint, Weight):
                 self.edges[Edge(key, name, slot)] = self._weight_tie(node, slot, operand, constraint)
             elif isinstance(constraint, Derived):
@@ -114,13 +120,21 @@ class _Builder:
         choose = options.symmetric == "auto" and fmt.is_int and not held.symmetric
         wanted = TensorPlan(fmt, "weight", range=options.range, members=(key,), choose=choose)
         if fmt.granularity == "global":
-            before = self.ties.get(EVERY_WEIGHT, wanted).members
-            self.ties[EVERY_WEIGHT] = replace(wanted, members=tuple(dict.fromkeys((*before, key))))
-            return EVERY_WEIGHT
+            return self._global_tie(wanted)
         for tie in (key, f"{key} of {d.names[node]}"):
             # one grid for a shared parameter, unless two users want it differently
             if self.ties.setdefault(tie, wanted) == wanted and tie not in d.ties.parent:
                 return tie
+        return tie
+
+    def _global_tie(self, wanted: TensorPlan) -> str:
+        """The tie of all weights that are wanted alike; those that an override wants otherwise have one of theirs."""
+        for tie in (EVERY_WEIGHT, f"{EVERY_WEIGHT} ({wanted.format}, {wanted.range})"):
+            before = self.ties.setdefault(tie, wanted)
+            if replace(before, members=wanted.members) == wanted:
+                break
+        members = dict.fromkeys((*before.members, *wanted.members))
+        self.ties[tie] = replace(wanted, members=tuple(members))
         return tie
 
     def _activation_tie(self, tie: str, members: Sequence[str]) -> TensorPlan:

@@ -107,18 +107,35 @@ def constant_integers(graph: Graph, plan: Plan, tensor: str, tie_name: str) -> Q
 
 
 def on_grid(graph: Graph, plan: Plan) -> None:
-    """Put each weight of `graph`, in place, on the grid that the plan stores it on, where it has just one."""
-    users: dict[str, set[str]] = {}
+    """Put each weight of `graph`, in place, on the grid that the plan stores it on, where it has just one.
+
+    A tied weight has several names; those that want it otherwise leave it as it is.
+    """
+    users: dict[int, dict[str, str]] = {}  # identity of a tensor → tie → a name that it has
     for edge, tie in plan.edges.items():
-        if plan.ties[tie].source == "weight" or edge.producer in users or _is_parameter(graph, edge.producer):
-            users.setdefault(edge.producer, set()).add(tie)
-    for tensor, ties in users.items():
-        if len(ties) == 1:
-            (tie,) = ties
-            if plan.ties[tie].source == "bias":
-                continue  # int32 has more digits than float32: a bias is rounded once, at its use
+        if plan.ties[tie].source == "weight" or _is_parameter(graph, edge.producer):
+            users.setdefault(id(graph.tensor(edge.producer)), {}).setdefault(tie, edge.producer)
+    for ties in users.values():
+        (tie, tensor), *others = ties.items()
+        if plan.ties[tie].source == "bias":
+            continue  # int32 has more digits than float32: a bias is rounded once, at its use
+        if all(_same_grid(plan.ties[tie], plan.ties[other]) for other, _ in others):
             constant = constant_integers if is_plain(plan.ties[tie].format) else constant_codes
             graph.set_tensor(tensor, constant(graph, plan, tensor, tie).dequantize())
+
+
+def _same_grid(first: TensorPlan, second: TensorPlan) -> bool:
+    """Whether two ties store a tensor as the same codes."""
+
+    def same(a: Tensor | None, b: Tensor | None) -> bool:
+        return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+
+    return (
+        first.format == second.format
+        and same(first.scale, second.scale)
+        and same(first.zero_point, second.zero_point)
+        and same(first.table, second.table)
+    )
 
 
 def _is_parameter(graph: Graph, name: str) -> bool:

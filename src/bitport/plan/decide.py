@@ -273,8 +273,11 @@ class _Planner(Decisions):
         return None
 
     def _share_everything(self) -> None:
-        """One range for all activations, but those that are settled without data."""
+        """One range for all activations, but those settled without data or wanted otherwise."""
         settled = {self.ties.find(name) for name in (*self.fixed, *self.scaled)}
+        for node, options in self.activations.items():
+            if options != self.default and not options.is_float:
+                settled.add(self.ties.find(self.names[node]))
         names = [self.names[self.head(node)] for node, row in self.rows.items() if row.mode == "static"]
         for node, row in self.rows.items():
             if row.mode == "static":

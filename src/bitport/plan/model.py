@@ -279,7 +279,11 @@ def _tie_from(record: Mapping[str, Any]) -> TensorPlan:
             raise ValueError(f"scales {list(tie.scale.shape)} and zero points {list(tie.zero_point.shape)}")
         if not bool((torch.isfinite(tie.scale) & (tie.scale > 0)).all()):
             raise ValueError("a scale that is not a finite positive number")
-    learned = tie.format.size if tie.format.table == "learned" and tie.scale is not None else None
-    if (None if tie.table is None else tie.table.numel()) != learned:
+        if not bool(((tie.zero_point >= tie.format.low) & (tie.zero_point <= tie.format.high)).all()):
+            raise ValueError(f"a zero point outside the codes of {tie.format}")
+    learned = (tie.format.size,) if tie.format.table == "learned" and tie.scale is not None else None
+    if (None if tie.table is None else tuple(tie.table.shape)) != learned:
         raise ValueError(f"a table of values that doesn't fit {tie.format}")
+    if tie.table is not None and not bool(torch.isfinite(tie.table).all()):
+        raise ValueError("a table of values that are not all finite")
     return tie

@@ -40,10 +40,17 @@ class TensorOptions:
     dynamic: bool = False
 
     def changed(self, options: Mapping[str, Any]) -> TensorOptions:
-        """These options with some replaced. Another granularity or format drops the size of groups."""
+        """These options with some replaced.
+
+        Another granularity drops the size of groups, a format that says itself what shares a scale drops both.
+
+        Raises FormatError for a format that can't be read.
+        """
         known = dict(vars(self))
-        if options.keys() & {"format", "granularity"}:
+        if "granularity" in options:
             known["group"] = None
+        if "format" in options and _says_granularity(options["format"], Format.parse(options["format"])):
+            known["group"] = known["granularity"] = None
         return TensorOptions(**{**known, **options})
 
     def for_weights(self, axis: int | None) -> Format:
@@ -73,7 +80,7 @@ class TensorOptions:
             return fmt
         shared = self.granularity
         if shared is None:
-            said = fmt.granularity != "tensor" or "tensor" in self.format.split()
+            said = _says_granularity(self.format, fmt)
             shared = "group" if self.group is not None else fmt.granularity if said else default
         given = self.symmetric if isinstance(self.symmetric, bool) else None
         return Format.parse(self.format, symmetric=given, granularity=shared, group=self.group)
@@ -82,6 +89,11 @@ class TensorOptions:
     def is_float(self) -> bool:
         """Whether numbers stay in float32."""
         return self.format.strip() == "float32"
+
+
+def _says_granularity(text: str, fmt: Format) -> bool:
+    """Whether the text of a format says what shares a scale, instead of leaving it to the default."""
+    return fmt.granularity != "tensor" or "tensor" in text.split()
 
 
 class Override(Protocol):

@@ -17,12 +17,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..errors import ArtifactError, FormatError
+from ..errors import ArtifactError, BitportError
 from ..formats import Format
 from ..graph import Graph
 from ..numerics import scales
 from ..numerics.codes import Grid
 from ..numerics.packing import pack, unpack
+from ..numerics.rows import scale_shape
 from .constants import Coded, constant_codes
 from .model import Plan
 
@@ -51,31 +52,67 @@ def unpacked_weight(tensors: Mapping[str, Tensor], notes: Mapping[str, str], key
     """What `packed_weights` stored under a key. Raises ArtifactError where it isn't that."""
     try:
         note = json.loads(notes[key])
-        fmt, shape = Format.parse(note["format"]), [int(size) for size in note["shape"]]
-        count, low = torch.Size(shape).numel(), fmt.low if fmt.is_int else 0
-        codes = (unpack(tensors[f"{key}.codes"], fmt.bits, count) + low).reshape(shape)
-        scale = torch.ones(())
-        if not fmt.unscaled:
-            scale = tensors[f"{key}.scale"]
-            if fmt.scale in _SCALES:
-                scale = scale.float()
-            else:
-                factor = tensors.get(f"{key}.factor", torch.tensor(1.0))
-                scale = scales.from_parts(scale.to(torch.int32), factor, fmt.scale)
-        if f"{key}.zero_point" in tensors:
-            zeros = unpack(tensors[f"{key}.zero_point"], fmt.bits, scale.numel()) + low
-            zero_point = zeros.reshape(scale.shape)
-        else:
-            zero_point = torch.full_like(scale, fmt.zero_point if fmt.is_int else 0, dtype=torch.int32)
-        return Coded(codes, Grid(fmt, scale, zero_point, tensors.get(f"{key}.table")))
-    except (LookupError, TypeError, ValueError, AttributeError, FormatError) as error:
+        fmt, shape = Format.parse(note["format"]), _shape(note["shape"])
+        low = fmt.low if fmt.is_int else 0
+        codes = unpack(tensors[f"{key}.codes"], fmt.bits, shape.numel()) + low
+        scale = _scale(tensors, key, fmt, shape)
+        zero_point = torch.full_like(scale, fmt.zero_point if fmt.is_int else 0, dtype=torch.int32)
+        if fmt.is_int and not fmt.symmetric:
+            zero_point = unpack(tensors[f"{key}.zero_point"], fmt.bits, scale.numel()) + low
+        grid = Grid(fmt, scale, zero_point.reshape(scale.shape), _table(tensors, key, fmt))
+        return Coded(codes.reshape(shape), grid)
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+        BitportError,
+    ) as error:
         raise ArtifactError(f"the packed weight {key!r} is malformed ({error}): make it again") from error
+
+
+def _shape(sizes: object) -> torch.Size:
+    """Raises ValueError."""
+    if not isinstance(sizes, list) or any(type(size) is not int or size < 0 for size in sizes):
+        raise ValueError(f"{sizes!r} is no shape")
+    return torch.Size(sizes)
+
+
+def _scale(tensors: Mapping[str, Tensor], key: str, fmt: Format, shape: torch.Size) -> Tensor:
+    """The scales of a stored tensor, float32. Raises ValueError where they are none."""
+    if fmt.unscaled:
+        return torch.ones(())
+    stored, dtype = tensors[f"{key}.scale"], _SCALES.get(fmt.scale, torch.uint8)
+    wanted = scale_shape(shape, fmt)
+    if stored.dtype != dtype or tuple(stored.shape) != wanted:
+        raise ValueError(
+            f"scales of {stored.dtype} and shape {list(stored.shape)}, not of {dtype} and {list(wanted)}"
+        )
+    scale = stored.float()
+    if fmt.scale not in _SCALES:
+        factor = tensors[f"{key}.factor"].float().reshape(()) if fmt.scale == "e4m3" else torch.tensor(1.0)
+        scale = scales.from_parts(stored.to(torch.int32), factor, fmt.scale)
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError("a scale that is not a finite positive number")
+    return scale
+
+
+def _table(tensors: Mapping[str, Tensor], key: str, fmt: Format) -> Tensor | None:
+    """The values of a learned codebook. Raises ValueError where they are none."""
+    if fmt.table != "learned":
+        return None
+    table = tensors[f"{key}.table"]
+    if table.dtype != torch.float32 or table.shape != (fmt.size,) or not bool(torch.isfinite(table).all()):
+        raise ValueError(f"a table that is not of {fmt.size} finite numbers")
+    return table
 
 
 def _parts(coded: Coded) -> dict[str, Tensor]:
     grid, fmt = coded.grid, coded.grid.format
     low = fmt.low if fmt.is_int else 0
-    parts = {"codes": pack(coded.codes - low, fmt.bits) if fmt.bits <= 16 else coded.codes}
+    parts = {"codes": pack(coded.codes - low, fmt.bits)}
     if not fmt.unscaled:
         codes, factor = scales.parts(grid.scale, fmt.scale)
         floats = _SCALES.get(fmt.scale)
