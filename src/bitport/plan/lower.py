@@ -255,7 +255,9 @@ class _Lowering:
             if tie is None or (todo.mode is not None and operand.tensor is None):
                 reads.append(self._float_operand(operand, tie, name, op))
                 continue
-            if operand.tensor is not None and (todo.mode is not None or not is_plain(self.plan.ties[tie].format)):
+            if operand.tensor is not None and (
+                todo.mode is not None or not is_plain(self.plan.ties[tie].format)
+            ):
                 reads.append(self.weights.decoded(operand.tensor, tie, name))
                 continue
             integers = self._int_operand(operand, name, slot)
