@@ -33,6 +33,7 @@ from .proof.measure import Subject, measure
 from .proof.task import rehearse_on
 from .recipe import Recipe
 from .records import Measurement
+from .rules import Ruleset
 from .simulate import Simulator
 from .steps import _base as steps
 from .targets._base import Target
@@ -185,7 +186,7 @@ def compress(
             work, plan = state.graph, state.plan
             ending.enter_context(keeping(checkpoint, state, explicit))
             artifacts.write(workspace.path, work, graph, plan, explicit, runtime)
-        reference = _reference(graph, work)
+        reference = _reference(graph, work, runtime.rules())
         artifacts.write_statistics(workspace.path, reference, plan, calibration)
         facts = {"recipe": explicit.name, "seed": seed, **({"origin": graph.origin} if graph.origin else {})}
         subject = Subject(workspace.path, reference, work, plan, runtime, facts)
@@ -372,13 +373,12 @@ def _bytes_needed(graph: Graph) -> int:
     return REPORT_BYTES + sum(t.numel() * t.element_size() for t in tensors) * 13 // 4
 
 
-def _reference(graph: Graph, work: Graph) -> Graph:
+def _reference(graph: Graph, work: Graph, rules: Ruleset) -> Graph:
     """The float network in the form of the compressed one: folded alike, its own weights."""
     if work.stage == graph.stage:
         return graph
     reference = graph.clone()
-    reference.gm.eval()
-    registry.get("steps", "fold").simplify(reference)
+    registry.get("steps", "fold").fold(reference, rules)
     return reference
 
 

@@ -34,7 +34,7 @@ from .errors import ArtifactError, GraphError, first_line
 from .graph import Graph
 from .graph.archive import load_pt2, save_pt2
 from .graph.graph import InputSpec
-from .graph.simplify import CONTRACTIONS, simplify
+from .graph.simplify import CONTRACTIONS
 from .numerics.moments import ChannelMoments
 from .plan import Plan
 from .plan.constants import Coded
@@ -43,6 +43,7 @@ from .plan.packed import packed_weights, unpacked_weight
 from .proof.measure import REFERENCE, Subject
 from .recipe import Recipe
 from .records import Measurement
+from .steps.fold import fold
 from .targets._base import Session, Target
 
 GRAPH, PLAN, RECIPE, SAMPLE = "graph.pt2", "plan.json", "recipe.toml", "sample.npz"
@@ -126,8 +127,7 @@ class Artifact:
         """What `verify.measure` measures."""
         reference = self.original
         if self.graph.stage == "folded":
-            reference.gm.eval()
-            simplify(reference)
+            fold(reference, self.target.rules())
         facts = {key: self.manifest.get(key) for key in ("recipe", "seed")}
         return Subject(self.path, reference, self.graph, self.plan, self.target, facts)
 

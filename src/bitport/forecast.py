@@ -31,7 +31,7 @@ def inspect(graph: Graph, target: str | None = None) -> dict[str, Any]:
         return {"layers": layers, "totals": _totals(graph, macs), "notes": list(graph.notes), "host": host()}
     runtime = make_target(target)
     work = graph.clone()
-    registry.get("steps", "fold").simplify(work)
+    registry.get("steps", "fold").fold(work, runtime.rules())
     plan = decide(work, runtime.rules(), weights=WEIGHTS, activations=ACTIVATIONS)
     macs = cost.macs(work)
     layers = [

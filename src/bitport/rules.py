@@ -190,6 +190,10 @@ class Ruleset:
     weight_limit: int | None = None
     integer_io: bool = False
 
+    def computes(self, kind: str) -> bool:
+        """Whether there is an integer kernel for a kind of operator, conditions aside."""
+        return any(kind in row.kinds and row.role == "compute" and row.mode == "static" for row in self.rows)
+
     def match(
         self, graph: Graph, node: torch.fx.Node, op: Op, mode: Mode = "static", weights: Format | None = None
     ) -> tuple[OpRule | None, str | None]:

@@ -61,6 +61,18 @@ def test_dropout_keeps_its_rate_and_frozen_encoders_do_not_take_the_fast_path() 
     assert torch.allclose(ours.eval()(x), model(x), atol=1e-5)
 
 
+def test_a_batch_whose_length_python_asks_for_is_fixed() -> None:
+    """`len(x)` is a plain number: the traced batch stays a symbol that has one value only."""
+
+    class Lengths(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(len(x), -1) * 2
+
+    graph = load_module(Lengths(), torch.randn(1, 2, 3))
+    assert graph.inputs[0].shape == (1, 2, 3)
+    assert "axis 0 of 'x' is fixed at 1" in graph.notes[0]
+
+
 def test_a_batch_that_is_fixed_is_said() -> None:
     class Fixed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class _Capture:
             except LoadError as error:
                 reason = str(error)
                 break
-            fixed = {i for i in self.batched if isinstance(self._values(program)[i].shape[0], int)}
+            fixed = {i for i in self.batched if _fixed(self._values(program)[i].shape[0])}
             if not fixed:
                 self.program = program
                 return
@@ -225,7 +225,7 @@ class _Capture:
         labels, values = self._placeholders(self.program), self._values(self.program)
         for label, value, dims in zip(labels, values, self._dims(dynamic), strict=False):
             for axis, dim in dims.items():
-                if dim is not None and not isinstance(dim, int) and isinstance(value.shape[axis], int):
+                if dim is not None and not isinstance(dim, int) and _fixed(value.shape[axis]):
                     self.notes.append(
                         f"axis {axis} of {label!r} is fixed at {value.shape[axis]}: the model needs it"
                     )
@@ -242,6 +242,11 @@ def _odd_bias(model: nn.Module) -> str:
             where = f"{name}.bias" if name else "bias"
             return f"; {where} has {bias.numel()} values, its layer takes {wanted}: give it {wanted}"
     return ""
+
+
+def _fixed(size: Any) -> bool:
+    """Whether tracing made a size a number: some stay symbols whose only value is known (after `len(x)`, say)."""
+    return isinstance(size, int) or bool(size.node.expr.is_number)
 
 
 def _is_axes(value: Any) -> bool:

@@ -122,6 +122,10 @@ class Graph:
             self._ops[node] = (key, classify(self.gm, node))
         return self._ops[node][1]
 
+    def changed(self, node: fx.Node) -> None:
+        """Parameters of a node's module came or went: what was read of the node is forgotten."""
+        self._ops.pop(node, None)
+
     def is_constant(self, node: fx.Node) -> bool:
         """Whether a node's value is the same for every input's data (it may depend on the inputs' sizes)."""
         todo, seen = [node], {node}

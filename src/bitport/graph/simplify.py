@@ -7,7 +7,8 @@
     split_attention   scaled_dot_product_attention becomes matmul → scale → mask → softmax → matmul
     normalise         a mean over all pixels is a global average pool; a softmax over one element is 1
     (and `products`   other spellings of a matrix product become linear and matmul,
-    `experts`         grouped products one linear layer of all experts)
+    `experts`         grouped products one linear layer of all experts,
+    `subpixel`        transposed convolutions convolutions, where the runtime has no others in integers)
 
 Each takes a graph and changes it; every operator has a shape when it returns.
 """
@@ -28,13 +29,18 @@ from .graph import Graph
 from .match import Op, Operand
 from .products import linear_instead, spell_products
 from .shapes import fetch
+from .subpixel import convolve_phases
 
 aten = torch.ops.aten
 CONTRACTIONS = ("conv", "conv_transpose", "linear")
 
 
-def simplify(graph: Graph) -> None:
-    """All rewrites, in the order in which they help each other. The graph's stage becomes `folded`."""
+def simplify(graph: Graph, *, phases: bool = False) -> None:
+    """All rewrites, in the order in which they help each other. The graph's stage becomes `folded`.
+
+    Args:
+        phases: transposed convolutions become convolutions whose channels are spread over pixels.
+    """
     drop_identities(graph)
     merge_duplicates(graph)
     split_attention(graph)
@@ -45,6 +51,8 @@ def simplify(graph: Graph) -> None:
     linear_instead(graph)
     _clean(graph)
     fold_batch_norms(graph)
+    if phases:
+        convolve_phases(graph)
     normalise(graph)
     graph.propagate()
     graph.stage = "folded"
@@ -239,6 +247,7 @@ def _set_bias(graph: Graph, node: fx.Node, bias: Operand | None, value: Tensor, 
         graph.set_tensor(bias.tensor, value)
     elif node.op == "call_module":
         graph.gm.get_submodule(str(node.target)).bias = nn.Parameter(value)
+        graph.changed(node)
     else:
         # a functional call: the old bias may have other readers, so a new parameter takes its place
         name = f"{weight.replace('.', '_')}_folded_bias"

@@ -53,7 +53,8 @@ REASONS = {
     "softmax": "ONNX Runtime's integer softmax is several times slower than the float one",
     "avg_pool": "ONNX Runtime's integer average pool is several times slower than the float one",
     "mean": "ONNX Runtime has no integer ReduceMean",
-    "conv_transpose": "ONNX Runtime has no integer ConvTranspose",
+    "conv_transpose": "ONNX Runtime has no integer ConvTranspose, and computed weights or dilation keep this one from "
+    "becoming a convolution",
     "lstm": "ONNX Runtime has no static integer LSTM",
     "gru": "ONNX Runtime has no static integer GRU",
     "sub": "ONNX Runtime has no integer Sub",
