@@ -198,6 +198,23 @@ def _split_sizes(call: Call) -> dict[str, Any]:
     return found
 
 
+def _resize(call: Call) -> dict[str, Any]:
+    scales = call["scale_factors"]
+    if scales is None and call["scales_h"] is not None:
+        scales = (call["scales_h"], call["scales_w"])
+    return {
+        "size": _plain(call["output_size"]),
+        "scales": _plain(scales),
+        "align_corners": call["align_corners"],
+    }
+
+
+def _resize_kind(call: Call) -> str:
+    """A size that is computed while running isn't read."""
+    known = all(isinstance(n, int) for n in call["output_size"] or ())
+    return "resize_bilinear" if known else "other:upsample_bilinear2d"
+
+
 def _cast_kind(call: Call) -> str:
     before, after = call.value("self"), call.out
     same = (
@@ -307,6 +324,8 @@ def _rows() -> dict[str, Row]:
     )
     add("mean", "mean", x, _reduce)
     add("sum", "sum", x, _reduce)
+    # the input is called one or the other, by overload
+    add("upsample_bilinear2d", _resize_kind, ("input", "self"), _resize)
     add("sort", "sort", x, _dim("descending"))
     add("argsort", "argsort", x, _dim("descending"))
     add("topk", lambda c: "topk" if isinstance(c["k"], int) else "other:topk", x, _dim("k", "largest"))

@@ -188,3 +188,42 @@ def test_equal_values_keep_their_order_when_sorted(largest: bool, number: torch.
         if count == 300:
             assert torch.equal(FLOAT_OPS["sort"](attrs, x)[1], places)
             assert torch.equal(FLOAT_OPS["argsort"](attrs, x), places)
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 9, 9), (3, 5, 7), (6, 33), (2, 64, 1, 1)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm(shape: tuple[int, ...], affine: bool) -> None:
+    channels = shape[1]
+    x, mean, var = torch.randn(shape), torch.randn(channels), torch.rand(channels) + 0.1
+    gamma, beta = (torch.randn(channels), torch.randn(channels)) if affine else (None, None)
+    stored = (torch.ones(channels), torch.zeros(channels)) if gamma is None or beta is None else (gamma, beta)
+    want = run("BatchNormalization", x, *stored, mean, var, epsilon=1e-5)
+    assert different_bits(want, FLOAT_OPS["batch_norm"]({"eps": 1e-5}, x, gamma, beta, mean, var)) == 0
+
+
+@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize(
+    ("size", "scales"),
+    [
+        ((13, 7), None),
+        ((31, 40), None),
+        ((9, 22), None),
+        (None, (2.0, 2.0)),
+        (None, (1.7, 0.6)),
+        ((1, 1), None),
+    ],
+)
+def test_resize_bilinear(
+    size: tuple[int, int] | None, scales: tuple[float, float] | None, align: bool
+) -> None:
+    x = torch.randn(2, 5, 9, 11)
+    graph = OneOp()
+    given = [graph.input(x.numpy()), ""]
+    if scales is None:
+        given += ["", graph.constant(np.array([2, 5, *(size or ())]))]
+    else:
+        given += [graph.constant(np.array([1, 1, *scales], np.float32))]
+    mode = "align_corners" if align else "half_pixel"
+    graph.floating(graph.op("Resize", *given, mode="linear", coordinate_transformation_mode=mode))
+    attrs = {"size": size, "scales": scales, "align_corners": align}
+    assert different_bits(graph.run()[0], FLOAT_OPS["resize_bilinear"](attrs, x)) == 0

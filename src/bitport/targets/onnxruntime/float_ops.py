@@ -183,6 +183,58 @@ def rms_norm(attrs: Attrs, x: Tensor, weight: Tensor | None = None) -> Tensor:
     return scaled if weight is None else scaled * weight
 
 
+def batch_norm(attrs: Attrs, x: Tensor, *parameters: Tensor | None) -> Tensor:
+    """`x·a + (β − μ·a)` with `a = γ·(1/√(σ² + ε))`, each step rounded. attrs: eps. x: [B, C, …].
+
+    parameters: γ, β, μ, σ², each [C]; without running statistics those of the batch are taken, as torch does.
+    """
+    gamma, beta, mean, var = [*parameters, None, None, None, None][:4]
+    if mean is None or var is None:
+        return F.batch_norm(x, None, None, gamma, beta, True, 0.0, attrs["eps"])
+    factor = 1 / _root(var + _f32(attrs["eps"]))
+    factor = factor if gamma is None else gamma * factor
+    shift = (0 if beta is None else beta) - mean * factor
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    return x * factor.reshape(shape) + shift.reshape(shape)
+
+
+def resize_bilinear(attrs: Attrs, *operands: Tensor | None) -> Tensor:
+    """Resize, mode linear, of [B, C, H, W]: four products summed in order. attrs: size, scales, align_corners."""
+    x = next(operand for operand in operands if operand is not None)
+    axes = []
+    for axis in range(2):
+        length, scales = x.shape[2 + axis], attrs["scales"]
+        size = attrs["size"][axis] if scales is None else math.floor(length * scales[axis])
+        scale = size / length if scales is None else scales[axis]
+        axes.append(_neighbours(length, size, scale, attrs["align_corners"]))
+    (top, bottom, below, above), (left, right, after, before) = axes
+    below, above = below[:, None], above[:, None]
+    total = (before * above) * x[:, :, top][..., left]
+    total = total + (after * above) * x[:, :, top][..., right]
+    total = total + (before * below) * x[:, :, bottom][..., left]
+    return total + (after * below) * x[:, :, bottom][..., right]
+
+
+def _neighbours(length: int, size: int, scale: float, align: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Along one axis: the two neighbours of each new place and its distances from them. All [size]."""
+    place = torch.arange(size, dtype=torch.float32)
+    if size != length and align:
+        place = place * _f32(length - 1) / _f32(max(size - 1, 1))
+    elif size != length:
+        place = (place + 0.5) / _f32(scale) - 0.5
+    place = place.clamp(0, length - 1)
+    first = place.long()
+    second = (first + 1).clamp(max=length - 1)
+    half = torch.full_like(place, 0.5)
+    same = first == second
+    return (
+        first,
+        second,
+        torch.where(same, half, (place - first).abs()),
+        torch.where(same, half, (place - second).abs()),
+    )
+
+
 def mean(attrs: Attrs, x: Tensor) -> Tensor:
     """ReduceMean: a float32 sum divided by the count. attrs: dim (int, sequence or None for all), keepdim.
 
@@ -244,6 +296,8 @@ FLOAT_OPS: dict[str, Callable[..., Any]] = {
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
     "mean": mean,
+    "batch_norm": batch_norm,
+    "resize_bilinear": resize_bilinear,
     "sort": sort,
     "argsort": argsort,
     "topk": topk,
