@@ -379,6 +379,14 @@ MUTATIONS = (
         "        if True:\n            place = workspace.publish()\n",
         "tests/test_contract.py::test_a_failed_gate_without_an_earlier_result_makes_no_folder",
     ),
+    Mutation(
+        "weights beside a model file are found",
+        "targets/onnxruntime/_target.py",
+        "            options.add_session_config_entry(WEIGHTS_FOLDER, str(folder))\n",
+        "",
+        "tests/targets/onnxruntime/test_external_data.py::"
+        "test_every_stage_finds_weights_that_lie_beside_the_file",
+    ),
     # ------------------------------------------------------------------------------------- memory
     Mutation(
         "memory is asked for before any work",

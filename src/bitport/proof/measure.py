@@ -24,7 +24,7 @@ from ..metrics import Metric
 from ..plan import Plan
 from ..progress import Progress
 from ..simulate import Simulator
-from ..targets._base import Target, host
+from ..targets._base import Inspection, Target, host
 from . import cost
 from .distributions import distributions
 from .integer import integer_record, layer_bytes, storage_record
@@ -95,7 +95,7 @@ def measure(
         "versions": records.versions(),
         "notes": list(inspection.notes),
     }
-    parity = _run_task(subject, evaluation, metric, max_drop, progress, record)
+    parity = _run_task(subject, inspection, evaluation, metric, max_drop, progress, record)
     if plan.quantized:
         few = (batch.inputs for batch in evaluation)
         record["plain"] = plain_record(subject.reference, graph, plan, target.arithmetic(), few)
@@ -150,6 +150,7 @@ def _gate(name: str, value: float, limit: float, holds: bool) -> dict[str, Any]:
 
 def _run_task(
     subject: Subject,
+    inspection: Inspection,
     evaluation: Source,
     metric: Metric,
     max_drop: float | None,
@@ -161,7 +162,7 @@ def _run_task(
     simulator = Simulator(subject.graph, plan, target.arithmetic())
     parity: Parity | None = None
     if plan.quantized:
-        _check_taps(subject)
+        _check_taps(subject, inspection)
         tapped = target.open(subject.folder, taps=True)
         parity = Parity(subject.reference, plan, simulator, tapped)
     task = TaskAccumulator(metric, max_drop)
@@ -207,9 +208,8 @@ def _named(subject: Subject, outputs: Sequence[Tensor]) -> Tensor | dict[str, Te
     return {spec.name: value for spec, value in zip(subject.reference.outputs, outputs, strict=True)}
 
 
-def _check_taps(subject: Subject) -> None:
+def _check_taps(subject: Subject, plain: Inspection) -> None:
     """Watching must not change what is watched: the same kernels run with and without taps."""
-    plain = subject.target.inspect(subject.folder, subject.plan)
     tapped = subject.target.inspect(subject.folder, subject.plan, taps=True)
     if set(plain.missed) != set(tapped.missed):
         changed = sorted(set(plain.missed) ^ set(tapped.missed))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +30,8 @@ from .table import ruleset
 
 OPSETS = range(18, 24)
 QUIET = 3  # log level: errors only
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+DUMPED_WEIGHTS = "session.optimized_model_external_initializers_file_name"
 
 # From 1.29 on, official builds send the name and hashes of every model that is loaded to their maker, and keep a
 # device id in the user's home, unless this is set before the first import (Privacy.md of the package). Nobody who
@@ -106,35 +109,45 @@ class OnnxRuntime(Target):
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if dump is not None:
             options.optimized_model_filepath = str(dump)
+            # in one file they would end at 2 GiB, and only the operators are looked at
+            options.add_session_config_entry(DUMPED_WEIGHTS, f"{dump.name}.data")
         provider = self.options["provider"]
         if provider not in ort.get_available_providers():
             raise TargetError(
                 f"ONNX Runtime has no provider {provider!r} here; it has {', '.join(ort.get_available_providers())}"
             )
-        model: str | bytes = _with_taps(path) if taps else _readable(path)
-        try:
-            return ort.InferenceSession(model, options, providers=[provider])
-        except Exception as error:
-            raise TargetError(f"ONNX Runtime can't load {path.name}: {first_line(error)}") from error
+        with _readable(path.parent) as folder:
+            # what is given as bytes finds the weights beside it there
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(folder))
+            model: str | bytes = _with_taps(path) if taps else str(folder / path.name)
+            try:
+                return ort.InferenceSession(model, options, providers=[provider])
+            except Exception as error:
+                raise TargetError(f"ONNX Runtime can't load {path.name}: {first_line(error)}") from error
 
 
-def _readable(path: Path) -> str | bytes:
-    """What ONNX Runtime takes for a file: its path, or its content where the path is no valid Unicode."""
+@contextmanager
+def _readable(folder: Path) -> Iterator[Path]:
+    """A folder by a name that ONNX Runtime takes: its own, or a link to it where that is no valid Unicode."""
     try:
-        str(path).encode()
+        str(folder).encode()
     except UnicodeEncodeError:
-        return path.read_bytes()
-    return str(path)
+        with tempfile.TemporaryDirectory() as scratch:
+            link = Path(scratch) / "folder"
+            link.symlink_to(folder.resolve(), target_is_directory=True)
+            yield link
+    else:
+        yield folder
 
 
 def _with_taps(path: Path) -> bytes:
-    """The model with every activation's integers as a graph output.
+    """The model with every activation's integers as a graph output; weights that lie beside it stay there.
 
     Integer outputs, not float ones: a float output in the middle would keep the runtime from fusing.
     """
     import onnx
 
-    model = onnx.load(path)
+    model = onnx.load(path, load_external_data=False)
     for node in model.graph.node:
         if node.op_type in ROUNDING and node.output[0].endswith(QUANTIZED):
             model.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
