@@ -288,6 +288,13 @@ MUTATIONS = (
         _RUNTIME + "test_weights_are_narrow_where_products_could_saturate",
     ),
     Mutation(
+        "a tied weight is rounded for one reader only where it has one",
+        "plan/constants.py",
+        "        if all(_same_grid(ties[0], other) for other in ties[1:]):\n",
+        "        if True:\n",
+        _STRUCTURE + "test_a_tied_table_is_stored_once_where_its_readers_want_the_same",
+    ),
+    Mutation(
         "an override matches something",
         "plan/options.py",
         "        if not hits:\n",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -21,6 +23,8 @@ import bitport
 from bitport import Metric, Recipe
 from bitport.cli import cli
 from bitport.errors import BitportError, GateFailed, LoadError, MetricError, RecipeError
+from bitport.graph import Edge
+from bitport.plan.constants import constant_codes
 from bitport.plan.options import resolve
 from bitport.proof import doubts
 from bitport.recipe import Override
@@ -115,6 +119,60 @@ def test_a_module_that_never_runs_is_left_out(tmp_path: Path) -> None:
     prepared = prepare(net, [tokens(8)])
     assert_exact(ship(prepared, tokens(4)))
     assert [name for name in prepared.plan.ties if "unused" in name] == []
+
+
+# ------------------------------------------------------------------------------------- 40: tied tables
+
+ROWS, WIDTH = 1000, 32
+FLOATS = {"weights": {"format": "float32"}, "activations": {"format": "float32"}}
+INT4 = {"weights": {"format": "int4"}}
+# preset, overrides → bytes of the table in the model file, scales aside
+TIED: dict[str, tuple[str, list[Override], int]] = {
+    "both read one grid": ("int8-weights", [], ROWS * WIDTH),
+    "narrow": ("int4-weights", [], ROWS * WIDTH // 2),
+    "an override of both": ("int8-weights", [Override("*", **INT4)], ROWS * WIDTH // 2),
+    "an override of each": ("int8-weights", [Override("tok", **INT4), Override("head", **INT4)], ROWS * WIDTH // 2),
+    "both in float": ("int8", [Override("tok", **FLOATS), Override("head", **FLOATS)], 4 * ROWS * WIDTH),
+    "integers move by another grid than they multiply": ("int8", [], 2 * ROWS * WIDTH),
+    "the head in float": ("int8", [Override("head", **FLOATS)], 5 * ROWS * WIDTH),
+    "the table in float": ("int8", [Override("tok", **FLOATS)], 5 * ROWS * WIDTH),
+}  # fmt: skip
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok, self.mid, self.head = nn.Embedding(ROWS, WIDTH), Linear(WIDTH, WIDTH), Linear(WIDTH, ROWS)
+        self.head.weight = self.tok.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(F.relu(self.mid(self.tok(ids))))
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_a_tied_table_is_stored_once_where_its_readers_want_the_same(kind: str, tmp_path: Path) -> None:
+    preset, overrides, size = TIED[kind]
+    torch.manual_seed(0)
+    model = Tied().eval()
+    data = [torch.randint(0, ROWS, (16, 6))]
+    graph = bitport.load(model, data[0][:1])
+    recipe = replace(Recipe.preset(preset), overrides=tuple(overrides))
+    artifact = bitport.compress(
+        graph, recipe, target="onnxruntime", data=data, metric="mse", out=tmp_path / "out"
+    )
+    stored = onnx.load(artifact.path / "model.onnx").graph.initializer
+    # nothing else in this network is as large as half a byte for each entry
+    assert sum(len(t.raw_data) for t in stored if len(t.raw_data) >= ROWS * WIDTH // 2) == size
+    # each reader's numbers are rounded once, from the float ones, or not at all
+    for name in ("tok", "head"):
+        tie = artifact.plan.edges.get(Edge(f"{name}.weight", name, 1))
+        if tie is None:
+            assert torch.equal(artifact.graph.tensor(f"{name}.weight"), graph.tensor(f"{name}.weight"))
+            continue
+        codes = [
+            constant_codes(g, artifact.plan, f"{name}.weight", tie).codes for g in (graph, artifact.graph)
+        ]
+        assert torch.equal(*codes)
 
 
 def test_nothing_to_quantize_is_said_on_the_command_line(

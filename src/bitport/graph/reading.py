@@ -36,6 +36,13 @@ def constant_names(graph: Graph) -> frozenset[str]:
     return frozenset(name for name, _ in (*parameters, *buffers))
 
 
+def first_name(graph: Graph, tensor: str) -> str:
+    """The first of the dotted names that a parameter or buffer is tied under."""
+    value = graph.tensor(tensor)
+    parameters = graph.gm.named_parameters()
+    return next((name for name, known in (*parameters, *graph.gm.named_buffers()) if known is value), tensor)
+
+
 def producer_name(graph: Graph, operand: Operand) -> str:
     """Who makes an operand, as an `Edge` names it: a parameter's dotted name, or a node's name."""
     if operand.tensor is not None:

@@ -9,7 +9,7 @@ import torch
 
 from ..formats import Format
 from ..graph import Edge, Operand
-from ..graph.reading import output_slots, placeholders, present, producer_name
+from ..graph.reading import first_name, output_slots, placeholders, present, producer_name
 from ..rules import Derived, Free, Ranged, Shared, Weight
 from .decisions import Decisions
 from .model import NodePlan, Plan, TensorPlan
@@ -116,15 +116,17 @@ class _Builder:
         if limit is not None and fmt.high > limit:
             fmt = fmt.with_(low=-limit, high=limit, bits=fmt.bits)
         key = producer_name(d.graph, operand)
+        first = first_name(d.graph, key)
         held = d.ruleset.weights[d.rows[node].mode]
         choose = options.symmetric == "auto" and fmt.is_int and not held.symmetric
         wanted = TensorPlan(fmt, "weight", range=options.range, members=(key,), choose=choose)
         if fmt.granularity == "global":
-            return self._global_tie(wanted)
-        for tie in (key, f"{key} of {d.names[node]}"):
-            # one grid for a shared parameter, unless two users want it differently
-            if self.ties.setdefault(tie, wanted) == wanted and tie not in d.ties.parent:
-                return tie
+            return self._global_tie(replace(wanted, members=(first,)))
+        # one grid for a shared parameter, under whichever name, unless two users want it differently
+        for tie, member in ((first, first), (key, key), (f"{key} of {d.names[node]}", key)):
+            mine = replace(wanted, members=(member,))
+            if tie not in d.ties.parent and self.ties.setdefault(tie, mine) == mine:
+                break
         return tie
 
     def _global_tie(self, wanted: TensorPlan) -> str:

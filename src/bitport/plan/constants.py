@@ -107,20 +107,25 @@ def constant_integers(graph: Graph, plan: Plan, tensor: str, tie_name: str) -> Q
 
 
 def on_grid(graph: Graph, plan: Plan) -> None:
-    """Put each weight of `graph`, in place, on the grid that the plan stores it on, where it has just one.
+    """Put each weight of `graph`, in place, on the grid that the plan stores it on, where all its readers take that.
 
-    A tied weight has several names; those that want it otherwise leave it as it is.
+    A tensor that is tied under several names is one tensor: rounding it for one reader would spoil it for another.
     """
-    users: dict[int, dict[str, str]] = {}  # identity of a tensor → tie → a name that it has
-    for edge, tie in plan.edges.items():
-        if plan.ties[tie].source == "weight" or _is_parameter(graph, edge.producer):
-            users.setdefault(id(graph.tensor(edge.producer)), {}).setdefault(tie, edge.producer)
-    for ties in users.values():
-        (tie, tensor), *others = ties.items()
-        if plan.ties[tie].source == "bias":
-            continue  # int32 has more digits than float32: a bias is rounded once, at its use
-        if all(_same_grid(plan.ties[tie], plan.ties[other]) for other, _ in others):
-            constant = constant_integers if is_plain(plan.ties[tie].format) else constant_codes
+    names, readers = constant_names(graph), dict[int, set[str | None]]()
+    tensors: dict[int, str] = {}
+    for edge in graph.edges():
+        if edge.producer in names:
+            key = id(graph.tensor(edge.producer))
+            tensors.setdefault(key, edge.producer)
+            readers.setdefault(key, set()).add(plan.edges.get(edge))
+    for key, tensor in tensors.items():
+        ties = [plan.ties[tie] for tie in readers[key] if tie is not None]
+        # a bias is rounded once, at its use: int32 has more digits than float32
+        if None in readers[key] or any(tie.source == "bias" for tie in ties):
+            continue
+        if all(_same_grid(ties[0], other) for other in ties[1:]):
+            constant = constant_integers if is_plain(ties[0].format) else constant_codes
+            tie = min(tie for tie in readers[key] if tie is not None)
             graph.set_tensor(tensor, constant(graph, plan, tensor, tie).dequantize())
 
 
@@ -136,7 +141,3 @@ def _same_grid(first: TensorPlan, second: TensorPlan) -> bool:
         and same(first.zero_point, second.zero_point)
         and same(first.table, second.table)
     )
-
-
-def _is_parameter(graph: Graph, name: str) -> bool:
-    return name in constant_names(graph)

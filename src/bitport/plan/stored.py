@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ..formats import Format
 from ..graph import Graph
+from ..graph.reading import first_name
 from ..numerics.codes import values
 from ..numerics.packing import pack
 from .constants import constant_codes
@@ -36,7 +37,7 @@ class StoredWeights:
     def name(self, tie_name: str, tensor: str) -> str:
         """The name of a weight in the file: its tie, which several may share."""
         shared = len(self.plan.ties[tie_name].members) > 1
-        return f"{tie_name}: {tensor}" if shared else tie_name
+        return f"{tie_name}: {first_name(self.graph, tensor)}" if shared else tie_name
 
     def stored(self, name: str, codes: Tensor, fmt: Format) -> fx.Node:
         """Codes as a buffer of their own width: of a type that torch has, or as a bit stream."""
