@@ -230,8 +230,7 @@ def test_a_weight_that_two_layers_share_has_a_grid_for_each_that_differs() -> No
     model = Tied()
     weights = {"format": "int4", "granularity": "group", "group": 5}
     alike = prepare(model, [ids(4)], "null", weights=weights, activations=FLOAT)
-    tie, same = (tie for tie in alike.plan.ties.values() if tie.source == "weight")
-    assert torch.equal(tie.parameters()[0], same.parameters()[0])
+    (tie,) = (tie for tie in alike.plan.ties.values() if tie.source == "weight")
     grid = fit(model.table.weight.detach(), tie.format, tie.range)
     w = decode(encode(model.table.weight.detach(), grid), grid)
     x = ids(4)
