@@ -39,6 +39,7 @@ EINSUMS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
     "two shared axes": ("bihd,hdo->bio", (3, 5, 2, 4), (2, 4, 6)),
     "several columns": ("bij,jhd->bhid", (3, 5, 8), (8, 2, 4)),
     "an ellipsis": ("...ij,...kj->...ik", (3, 2, 5, 4), (3, 2, 7, 4)),
+    "an axis that is spread": ("ibnd,jbnd->bnij", (5, 1, 2, 4), (7, 3, 2, 4)),
     "result turned": ("bij,bjk->kbi", (3, 5, 8), (3, 8, 6)),
 }
 
@@ -61,6 +62,28 @@ def test_other_einsums_stay_and_are_right(equation: str) -> None:
     model = Net2(lambda m, x, y: torch.einsum(equation, x, y))
     graph, _ = simplified(model, *example)
     same(model, graph, *example)
+
+
+def test_einsum_of_several_operands_is_products_of_two() -> None:
+    """As linear attention is often written: queries, keys times values, and the sums they are divided by."""
+    example = torch.randn(3, 5, 4), torch.randn(3, 4, 6)
+    model = Net2(
+        lambda m, q, kv: torch.einsum("bnd,bde,bn,fe->bnf", q, kv, q.sum(2), m.w), w=torch.randn(2, 6)
+    )
+    graph, kinds = simplified(model, *example)
+    assert kinds.count("matmul") + kinds.count("linear") == 2
+    same(model, graph, *example)
+
+
+def test_products_that_turn_one_tensor_alike_turn_it_once() -> None:
+    def both(m: Any, x: Tensor) -> Tensor:
+        keys = m.c(x)
+        scores = torch.einsum("bic,bjc->bij", m.a(x), keys) + torch.einsum("bic,bjc->bij", m.b(x), keys)
+        return m.d(scores)  # type: ignore[no-any-return]
+
+    names = {name: nn.Linear(8, 4) for name in "abc"}
+    prepared = prepare(Net(both, **names, d=nn.Linear(5, 4)), [torch.randn(4, 5, 8)])
+    assert_exact(ship(prepared, torch.randn(4, 5, 8)))
 
 
 SPELLINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {

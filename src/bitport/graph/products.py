@@ -1,6 +1,6 @@
 """Other spellings of a matrix product become `linear` and `matmul`, which runtimes execute in integers.
 
-    spell_products    addmm, baddbmm and einsum of two operands → matmul, permutations and additions
+    spell_products    addmm, baddbmm and einsum → matmul, permutations and additions
     linear_instead    x @ W with a constant matrix W → linear, whose weights have one scale per output
 
 Each takes a graph and changes it; eval-mode outputs stay the same up to rounding.
@@ -24,6 +24,7 @@ aten = torch.ops.aten
 
 
 def spell_products(graph: Graph) -> None:
+    _in_pairs(graph)
     for node in graph.nodes():
         name = op_name(node) if node.op == "call_function" else ""
         if name in ("addmm", "baddbmm"):
@@ -122,6 +123,31 @@ def _add_to_product(graph: Graph, node: fx.Node, call: Call) -> None:
 # ------------------------------------------------------------------------------------------------ einsum
 
 
+def _in_pairs(graph: Graph) -> None:
+    """einsum of several operands as einsums of two, from left to right as torch does it."""
+    changed = False
+    for node in graph.nodes():
+        call = Call(node)
+        if node.op != "call_function" or op_name(node) != "einsum" or len(call["tensors"]) <= 2:
+            continue
+        tensors, name = call["tensors"], graph.name(node)
+        texts = _letters(str(call["equation"]), [len(graph.shape(t) or ()) for t in tensors])
+        if texts is None:
+            continue
+        left, letters = tensors[0], texts[0]
+        for index, right in enumerate(tensors[1:], start=1):
+            needed = "".join(texts[index + 1 :])
+            out = "".join(x for x in dict.fromkeys(letters + texts[index]) if x in needed)
+            out = texts[-1] if index == len(tensors) - 1 else out
+            equation = f"{letters},{texts[index]}->{out}"
+            left = insert(graph, node, aten.einsum.default, (equation, [left, right]), f"{name}.part")
+            letters = out
+        replace(graph, node, left)
+        changed = True
+    if changed:
+        graph.propagate()
+
+
 def _contract(graph: Graph, node: fx.Node, call: Call) -> None:
     """einsum of two operands without sums over an axis of one of them: batch · (rows × shared) · (shared × columns)."""
     tensors = call["tensors"]
@@ -130,6 +156,11 @@ def _contract(graph: Graph, node: fx.Node, call: Call) -> None:
     if letters is None or len(tensors) != 2 or any(s is None for s in shapes):
         return
     a, b, out = letters
+    (first, a), (second, b) = (
+        _without_spread(graph, node, (tensors[i], letters[i]), (tensors[1 - i], letters[1 - i]))
+        for i in (0, 1)
+    )
+    tensors, shapes = [first, second], [graph.shape(first), graph.shape(second)]
     sizes: dict[str, int | str] = {}
     origin: dict[str, tuple[fx.Node, int]] = {}
     for tensor, names, shape in zip(tensors, (a, b), shapes, strict=True):
@@ -182,11 +213,25 @@ def _contract(graph: Graph, node: fx.Node, call: Call) -> None:
     replace(graph, node, product)
 
 
-def _letters(equation: str, ranks: Sequence[int]) -> tuple[str, str, str] | None:
-    """Subscripts of both operands and of the result, an ellipsis written out; None for what isn't such a product."""
+def _without_spread(
+    graph: Graph, node: fx.Node, own: tuple[fx.Node, str], other: tuple[fx.Node, str]
+) -> tuple[fx.Node, str]:
+    """An operand of einsum without the axes of size 1 that are spread over the other's."""
+    (value, names), (across, others) = own, other
+    sizes, lengths = graph.shape(value) or (), graph.shape(across) or ()
+    axes = [i for i, x in enumerate(names) if x in others and sizes[i] == 1 and lengths[others.index(x)] != 1]
+    if not axes:
+        return own
+    squeezed = insert(graph, node, aten.squeeze.dims, (value, axes), f"{graph.name(node)}.squeeze")
+    squeezed.meta["val"] = value.meta["val"].squeeze(axes)
+    return squeezed, "".join(x for i, x in enumerate(names) if i not in axes)
+
+
+def _letters(equation: str, ranks: Sequence[int]) -> tuple[str, ...] | None:
+    """Subscripts of all operands and of the result, an ellipsis written out; None for what isn't such a product."""
     sides = equation.replace(" ", "").split("->")
     inside = sides[0].split(",")
-    if len(inside) != 2 or len(ranks) != 2:
+    if len(inside) != len(ranks):
         return None
     free = [c for c in "ZYXWVUTSRQ" if c not in equation]
     hidden = [
@@ -206,4 +251,4 @@ def _letters(equation: str, ranks: Sequence[int]) -> tuple[str, str, str] | None
         out = "".join(free[: max(hidden)]) + "".join(once)
     texts = (*full, out)
     fits = all(len(t) == r for t, r in zip(full, ranks, strict=True))
-    return (texts[0], texts[1], texts[2]) if fits and all(len(set(t)) == len(t) for t in texts) else None
+    return texts if fits and all(len(set(t)) == len(t) for t in texts) else None

@@ -7,6 +7,7 @@
     split_attention   scaled_dot_product_attention becomes matmul → scale → mask → softmax → matmul
     normalise         a mean over all pixels is a global average pool; a softmax over one element is 1
     (and `products`   other spellings of a matrix product become linear and matmul,
+    `cells`           single steps of recurrent layers linear layers and gates,
     `experts`         grouped products one linear layer of all experts,
     `subpixel`        transposed convolutions convolutions, where the runtime has no others in integers)
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..numerics.fold import fold_batch_norm
+from .cells import spell_cells
 from .editing import insert, replace
 from .experts import spell_experts
 from .graph import Graph
@@ -44,6 +46,7 @@ def simplify(graph: Graph, *, phases: bool = False) -> None:
     drop_identities(graph)
     merge_duplicates(graph)
     split_attention(graph)
+    spell_cells(graph)
     spell_products(graph)
     spell_experts(graph)
     _clean(graph)
@@ -54,6 +57,7 @@ def simplify(graph: Graph, *, phases: bool = False) -> None:
     if phases:
         convolve_phases(graph)
     normalise(graph)
+    merge_duplicates(graph)  # two products that turn one tensor alike turn it once
     graph.propagate()
     graph.stage = "folded"
 
