@@ -14,9 +14,10 @@ manifest.json         SHA-256 of every file, versions, seed, digests, inputs and
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -39,7 +40,7 @@ from .numerics.moments import ChannelMoments
 from .plan import Plan
 from .plan.constants import Coded
 from .plan.lower import BYTE
-from .plan.packed import packed_weights, unpacked_weight
+from .plan.packed import SCHEMA, packed_weights, unpacked_weight
 from .proof.measure import REFERENCE, Subject
 from .recipe import Recipe
 from .records import Measurement
@@ -48,6 +49,7 @@ from .targets._base import Session, Target
 
 GRAPH, PLAN, RECIPE, SAMPLE = "graph.pt2", "plan.json", "recipe.toml", "sample.npz"
 WEIGHTS, STATISTICS = "weights.safetensors", "statistics.safetensors"
+NOTES = "notes"  # the entry of a .safetensors file's header that says what its tensors are
 STATISTIC_SAMPLES = 256
 MEASUREMENTS, REPORT = "measurements.json", "report.html"
 MANIFEST = store.MANIFEST
@@ -183,7 +185,7 @@ def write(folder: Path, graph: Graph, original: Graph, plan: Plan, recipe: Recip
     widths = target.rules().widths
     if any(tie.source == "weight" and tie.format.bits not in widths for tie in plan.ties.values()):
         tensors, notes = packed_weights(graph, plan)
-        (folder / WEIGHTS).write_bytes(save(tensors, notes))
+        _write_tensors(folder / WEIGHTS, tensors, notes)
     (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
 
 
@@ -210,16 +212,30 @@ def write_statistics(folder: Path, reference: Graph, plan: Plan, calibration: So
     tensors: dict[str, Tensor] = {}
     for name, moments in found.items():
         tensors[f"{name}.mean"], tensors[f"{name}.deviation"] = moments.moments()
-    (folder / STATISTICS).write_bytes(save(tensors, {"schema": "1"}))
+    _write_tensors(folder / STATISTICS, tensors, {"schema": SCHEMA})
 
 
 def read_statistics(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """(mean, deviation) by layer. Raises ArtifactError where they are missing or malformed."""
+    """(mean, deviation) by layer, float32 [C]. Raises ArtifactError where they are missing or malformed."""
     tensors, _ = _read_tensors(folder / STATISTICS)
-    means = {key.removesuffix(".mean"): value for key, value in tensors.items() if key.endswith(".mean")}
-    if means.keys() != {key.removesuffix(".deviation") for key in tensors if key.endswith(".deviation")}:
-        raise ArtifactError(f"{STATISTICS} is malformed: compress the network again")
-    return {name: (mean, tensors[f"{name}.deviation"]) for name, mean in means.items()}
+    names = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in names:
+        pair = tensors.pop(f"{name}.mean", None), tensors.pop(f"{name}.deviation", None)
+        mean, deviation = pair
+        if mean is None or deviation is None or not _are_moments(mean, deviation):
+            raise ArtifactError(f"{STATISTICS} is malformed at {name!r}: compress the network again")
+        found[name] = mean, deviation
+    if tensors:
+        raise ArtifactError(f"{STATISTICS} is malformed at {min(tensors)!r}: compress the network again")
+    return found
+
+
+def _are_moments(mean: Tensor, deviation: Tensor) -> bool:
+    alike = (
+        mean.dtype == deviation.dtype == torch.float32 and mean.dim() == 1 and mean.shape == deviation.shape
+    )
+    return alike and bool((torch.isfinite(mean) & torch.isfinite(deviation) & (deviation >= 0)).all())
 
 
 def channel_axis(kind: str) -> int:
@@ -238,13 +254,20 @@ def few_samples(source: Source) -> Iterator[tuple[Tensor, ...]]:
             return
 
 
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+    # one entry: the order of several in the file's header would be another one each time
+    path.write_bytes(save(dict(tensors), {NOTES: json.dumps(dict(notes))}))
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, notes) of a .safetensors file. Raises ArtifactError."""
     try:
         with safe_open(path, "pt") as file:
-            notes = file.metadata() or {}
+            notes = json.loads((file.metadata() or {}).get(NOTES, "{}"))
+            if not isinstance(notes, dict):
+                raise ValueError("its notes are no table")
             return {key: file.get_tensor(key) for key in file.keys()}, notes  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
             f"{path.name} can't be read ({first_line(error)}): make the artifact again"
         ) from error

@@ -123,6 +123,11 @@ def dequantize(
     with listener.task("correcting layers", len(layers)) as task:
         for node in layers:
             found = _moments(graph, node, source)
+            if found[0].shape != wanted[graph.name(node)][0].shape:
+                raise ArtifactError(
+                    f"{artifacts.STATISTICS} is malformed at {graph.name(node)!r}, which has {len(found[0])} "
+                    "channels: compress the network again"
+                )
             _correct(graph, graph.op(node), *matching(*wanted[graph.name(node)], *found))
             task.advance(1)
     graph.notes.append(f"means and deviations of {len(layers)} layers were set to those of the float network")

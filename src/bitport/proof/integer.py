@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..formats import Format
 from ..graph import Graph
 from ..numerics.codes import storage_bits
-from ..plan import Plan
+from ..plan import Plan, TensorPlan
 from ..plan.constants import grid_of
 from ..targets._base import Inspection
 
@@ -37,7 +38,7 @@ def integer_record(
     """The `integer` section of a measurement.
 
     A multiply-accumulate counts as integer only if the runtime's own optimized file runs the operator in the
-    integer kernel that the plan names.
+    integer kernel that the plan names, and both operands are integers there: small floats and codebooks are not.
     """
     total = sum(macs.values())
     inside = 0
@@ -46,7 +47,8 @@ def integer_record(
         name, kind = graph.name(node), graph.op(node).kind
         todo = plan.node(name)
         if todo.kernel is not None and name not in inspection.missed:
-            if todo.mode is None or todo.kernel in inspection.integer:
+            stored = [stored.format for stored in _weights(plan, name)]
+            if all(fmt.is_int for fmt in stored) and (todo.mode is None or todo.kernel in inspection.integer):
                 inside += macs.get(name, 0)
                 continue
             islands.append(_stored_only(graph, plan, name, kind, macs))
@@ -70,13 +72,15 @@ def integer_record(
     }
 
 
+def _weights(plan: Plan, name: str) -> list[TensorPlan]:
+    """How the weights that an operator reads are stored."""
+    ties = (plan.ties[tie] for edge, tie in plan.edges.items() if edge.consumer == name)
+    return [tie for tie in ties if tie.source == "weight"]
+
+
 def _stored_only(graph: Graph, plan: Plan, name: str, kind: str, macs: Mapping[str, int]) -> dict[str, Any]:
     """A float island whose weights are stored narrow."""
-    formats = {
-        str(plan.ties[tie].format).partition(" ")[0]
-        for edge, tie in plan.edges.items()
-        if edge.consumer == name and plan.ties[tie].source == "weight"
-    }
+    formats = {str(stored.format).partition(" ")[0] for stored in _weights(plan, name)}
     stored = " and ".join(sorted(formats)) or "floats"
     reason = f"its weights alone are quantized ({stored}): it computes in float32"
     return {"name": name, "op": kind, "reason": reason, "macs": macs.get(name, 0)}
@@ -94,7 +98,7 @@ def storage_record(graph: Graph, plan: Plan, inspection: Inspection) -> list[dic
         if stored.source != "weight" or stored.scale is None:
             continue
         todo = plan.node(edge.consumer)
-        computes = inspection.computes.get(todo.kernel or "", "float32" if todo.mode == "weights" else "int8")
+        computes = inspection.computes.get(todo.kernel or "", _multiplied_as(stored.format, todo.mode))
         row = rows.setdefault(
             (str(stored.format), computes),
             {"format": str(stored.format), "computes_in": computes, "seen": {}},
@@ -115,6 +119,13 @@ def storage_record(graph: Graph, plan: Plan, inspection: Inspection) -> list[dic
             }
         )
     return made
+
+
+def _multiplied_as(fmt: Format, mode: str | None) -> str:
+    """What a kernel multiplies weights as, if its runtime says nothing else."""
+    if mode == "weights" or not fmt.is_int:
+        return "float32"
+    return "int8" if fmt.bits <= 8 else "int16"
 
 
 def layer_bytes(graph: Graph, plan: Plan, name: str) -> tuple[int, int]:

@@ -29,6 +29,9 @@ SAMPLES = 64
 # A range that clips trades a few far errors for many near ones, which outputs that average repay with up to a third of
 # their decibels (measured: 46 → 35 dB at 8 bits, 12 → 8 dB at 2); a broken path loses far more.
 ALLOWED_DB, ALLOWED_SHARE = 6.0, 0.3
+EXACT_DB = (
+    46.0  # what plain rounding without any error counts for, as of weights that lie on their grid already
+)
 TOLD_DB = 3.0  # from here on the difference is worth a hint
 
 
@@ -59,8 +62,16 @@ def plain_record(
         **record,
         "sqnr_db": _finite(found),
         "plain_sqnr_db": _finite(plain),
-        "holds": not found < plain - max(ALLOWED_DB, ALLOWED_SHARE * plain),
+        "holds": _holds(found, plain),
     }
+
+
+def _holds(found: float, plain: float) -> bool:
+    """Whether a result (dB) is near enough to plain rounding. NaN, of outputs that aren't numbers, never is."""
+    if math.isnan(found) or math.isnan(plain):
+        return math.isnan(plain)
+    wanted = EXACT_DB if plain == math.inf else plain
+    return found >= wanted - max(ALLOWED_DB, ALLOWED_SHARE * wanted)
 
 
 def hint(record: Mapping[str, Any]) -> list[str]:
