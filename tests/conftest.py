@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,3 +23,21 @@ settings.load_profile("bitport")
 def _quiet_torch() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _exporter_reads_its_operators_once() -> None:
+    """`torch.onnx.export` parses the source of its thousand operators anew for each file, a second that a user pays
+    twice and the suite a thousand times. Each export gets a copy of what was read once."""
+    from torch.onnx._internal.exporter import _registration
+
+    registry: Any = _registration.ONNXRegistry
+    read = functools.cache(registry.from_torchlib.__func__)
+
+    def from_torchlib(cls: Any, opset_version: int = _registration._constants.TORCHLIB_OPSET) -> Any:
+        made, copy = read(cls, opset_version), cls()
+        copy._opset_version = made._opset_version
+        copy.functions = {name: list(found) for name, found in made.functions.items()}
+        return copy
+
+    registry.from_torchlib = classmethod(from_torchlib)
