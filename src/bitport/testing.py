@@ -11,9 +11,10 @@ ties, and only ties tell rounding rules apart.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,15 @@ from .graph import Graph
 from .plan import Plan
 from .plan.constants import on_grid, settle
 from .proof.parity import Parity
+from .rules import Mode
 from .simulate import Simulator
 from .steps._base import Context, make
 from .targets._base import Target
 
 SAMPLES = 24
 ALLOWED_STEPS = 0
+FLOAT_DB = 50.0  # a float that is rounded to 8 bits on the way may fall on the other side of a tie
+IN_GROUPS = {"format": "int4", "granularity": "group", "group": 16, "symmetric": False}
 Forward = Callable[[nn.ModuleDict, Tensor], Tensor]
 
 
@@ -163,22 +167,34 @@ SPECIMENS: dict[str, dict[str, Specimen]] = {
     "stack": {"axis": Specimen(_tokens(lambda y: torch.stack([y[:, :3], y[:, 3:]], 1)), TOKENS)},
     "max_pool": {"padded": Specimen(_between(lambda y: F.max_pool2d(y, 3, 2, 1)), IMAGE)},
     "pad": {"zeros": Specimen(_between(lambda y: F.pad(y, (1, 2, 0, 1))), IMAGE)},
-    "conv_transpose": {"up": Specimen(_one(lambda: nn.ConvTranspose2d(3, 8, 3, stride=2)), IMAGE)},
+    # without dilation a target may want it as convolutions instead
+    "conv_transpose": {"dilated": Specimen(_one(lambda: nn.ConvTranspose2d(3, 8, 3, 2, dilation=2)), IMAGE)},
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a target's table on one tiny network, with one sort of scales."""
+    """One row of a target's table on one tiny network, with one sort of scales.
+
+    Attributes:
+        power_of_two: scales are rounded to powers of two.
+        mode: the row's. Kernels that take and return floats are compared by their float results.
+        kernel: the row's, as the plan must name it.
+        weights: what is asked of weights.
+    """
 
     target: str
     kind: str
     specimen: str
     power_of_two: bool
+    mode: Mode = "static"
+    kernel: str = ""
+    weights: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
-        return f"{self.kind}-{self.specimen}-{'ties' if self.power_of_two else 'measured'}"
+        scales = "ties" if self.power_of_two else "measured"
+        return f"{self.kind}-{self.specimen}-{scales if self.mode == 'static' else self.kernel}"
 
     def run(self) -> None:
         """Export, open, run, compare. Raises AssertionError telling what differs."""
@@ -192,7 +208,10 @@ class Case:
         wanted = [
             name
             for name, todo in plan.nodes.items()
-            if todo.kernel is not None and work.op(work.node(name)).kind == self.kind
+            if todo.kernel is not None
+            and (todo.mode or "static") == self.mode
+            and (self.mode == "static" or todo.kernel == self.kernel)
+            and work.op(work.node(name)).kind == self.kind
         ]
         assert wanted, f"{self.id}: the plan runs no {self.kind} in integers: " + "; ".join(
             f"{name}: {todo.reason}" for name, todo in plan.nodes.items() if todo.reason
@@ -207,6 +226,10 @@ class Case:
             simulator = Simulator(work, plan, runtime.arithmetic())
             parity = Parity(reference, plan, simulator, runtime.open(folder, taps=True))
             parity.update((specimen.inputs(SAMPLES, 2),))
+        if self.mode != "static":
+            decibel = parity.record()["outputs_db"]
+            assert decibel is None or decibel >= FLOAT_DB, f"{self.id}: outputs differ by {decibel:.1f} dB"
+            return
         record = parity.record()["local"]
         assert record["integers"] > 0, f"{self.id}: nothing was compared"
         assert record["max_steps"] <= ALLOWED_STEPS, f"{self.id}: {record}"
@@ -221,8 +244,14 @@ class Case:
             reference=graph,
         )
         work, plan = graph.clone(), Plan.empty(runtime.name)
+        activations: dict[Mode, dict[str, Any]] = {
+            "static": {},
+            "dynamic": {"dynamic": True},
+            "weights": {"format": "float32"},
+        }
+        options = {"weights": self.weights, "activations": activations[self.mode]}
         for step in ("fold", "quantize", "calibrate"):
-            work, plan = make(step, {})(work, plan, context)
+            work, plan = make(step, options if step == "quantize" else {})(work, plan, context)
         return work, _with_ties(plan) if self.power_of_two else plan
 
 
@@ -238,15 +267,18 @@ def _with_ties(plan: Plan) -> Plan:
 
 def target_cases(target: str) -> Iterator[Case]:
     """Every case of a target: each kind of each row of its table, each specimen, both sorts of scales."""
-    seen: set[str] = set()
+    seen: set[tuple[str, str, str]] = set()
     for row in make_target(target).rules().rows:
         for kind in row.kinds:
-            if kind in seen:
+            key = (kind, row.mode, row.kernel if row.mode != "static" else "")
+            if key in seen:
                 continue
-            seen.add(kind)
+            seen.add(key)
+            # a row that doesn't take every weight takes groups of integers
+            weights = IN_GROUPS if row.takes is not None else {}
             for specimen in SPECIMENS.get(kind, {}):
-                for ties in (False, True):
-                    yield Case(target, kind, specimen, ties)
+                for ties in (False, True) if row.mode == "static" else (False,):
+                    yield Case(target, kind, specimen, ties, row.mode, row.kernel, weights)
 
 
 def uncovered(target: str) -> set[str]:
