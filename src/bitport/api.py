@@ -191,7 +191,7 @@ def compress(
         facts = {"recipe": explicit.name, "seed": seed, **({"origin": graph.origin} if graph.origin else {})}
         subject = Subject(workspace.path, reference, work, plan, runtime, facts)
         artifacts.write_sample(workspace.path, work, tuple(first.inputs), runtime.open(workspace.path))
-        record = measure(subject, judged, chosen, max_drop, progress)
+        record = measure(subject, judged, chosen, max_drop, progress, calibration)
         record["notes"] = [
             *context.notes,
             *doubts.of_data(calibration, judged, evaluation is not None),

@@ -24,6 +24,7 @@ from .artifact import make_target
 from .data import Source
 from .frontends.pytorch import load_module
 from .graph import Graph
+from .graph.experts import EXPERT_LINEAR
 from .plan import Plan
 from .plan.constants import on_grid, settle
 from .proof.parity import Parity
@@ -107,6 +108,14 @@ def _attention(m: nn.ModuleDict, x: Tensor) -> Tensor:
     return m["o"](scores)  # type: ignore[no-any-return]
 
 
+def _experts(m: nn.ModuleDict, x: Tensor) -> Tensor:
+    """Three experts with a third of the rows each: one stack of matrices [3 · 5, 8]."""
+    ends = torch.arange(1, 4) * x.shape[0] // 3
+    stack = m["w"].weight
+    assert isinstance(stack, Tensor)
+    return m["b"](EXPERT_LINEAR(m["a"](x), stack, ends))  # type: ignore[no-any-return]
+
+
 IMAGE, TOKENS = (3, 9, 9), (6, 12)
 SPECIMENS: dict[str, dict[str, Specimen]] = {
     "conv": {
@@ -122,6 +131,12 @@ SPECIMENS: dict[str, dict[str, Specimen]] = {
         "rows": Specimen(_one(lambda: nn.Linear(12, 8)), (12,)),
         "tokens": Specimen(_tokens(F.relu), TOKENS),
         "no-bias": Specimen(_one(lambda: nn.Linear(12, 8, bias=False)), TOKENS),
+    },
+    "experts": {
+        "thirds": Specimen(
+            lambda: Tiny({"a": nn.Linear(12, 8), "w": nn.Linear(8, 15), "b": nn.Linear(5, 4)}, _experts),
+            (12,),
+        ),
     },
     "matmul": {
         "scores": Specimen(

@@ -72,9 +72,17 @@ class Subject:
 
 
 def measure(
-    subject: Subject, evaluation: Source, metric: Metric, max_drop: float | None, progress: Progress
+    subject: Subject,
+    evaluation: Source,
+    metric: Metric,
+    max_drop: float | None,
+    progress: Progress,
+    calibration: Source | None = None,
 ) -> dict[str, Any]:
-    """Everything that can be measured on this machine. Raises TargetError when the runtime fails."""
+    """Everything that can be measured on this machine. Raises TargetError when the runtime fails.
+
+    calibration: the data that ranges were taken from, where it is at hand; plain rounding takes its own from it.
+    """
     started = time.perf_counter()
     folder, graph, plan, target = subject.folder, subject.graph, subject.plan, subject.target
     macs = cost.macs(subject.reference)
@@ -96,14 +104,18 @@ def measure(
         "notes": list(inspection.notes),
     }
     parity = _run_task(subject, inspection, evaluation, metric, max_drop, progress, record)
-    if plan.quantized:
-        few = (batch.inputs for batch in evaluation)
-        record["plain"] = plain_record(subject.reference, graph, plan, target.arithmetic(), few)
-        record["notes"] += hint(record["plain"])
-        record["storage"] = storage_record(graph, plan, inspection)
-    else:
+    record["storage"] = storage_record(graph, plan, inspection)
+    if not plan.quantized:
         for section in ("plain", "storage"):
             _absent(record, section, "nothing is quantized")
+    elif calibration is None:
+        _absent(
+            record, "plain", "only compress can compare with plain rounding: it takes the calibration data"
+        )
+    else:
+        both = ((batch.inputs for batch in source) for source in (evaluation, calibration))
+        record["plain"] = plain_record(subject.reference, graph, plan, target.arithmetic(), *both)
+        record["notes"] += hint(record["plain"])
     record["layers"] = _layers(subject, parity.layers if parity else {}, macs)
     record["network"] = network_record(graph, plan, inspection)
     if plan.quantized:
@@ -134,7 +146,7 @@ def _gates(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     elif parity["outputs_db"] is not None:
         decibel = parity["outputs_db"]
         gates.append(_gate("runtime follows simulation (dB)", decibel, MIN_FLOAT_DB, decibel >= MIN_FLOAT_DB))
-    if not plain["holds"]:  # else it would be one more line that says nothing
+    if plain is not None and not plain["holds"]:  # else it would be one more line that says nothing
         gates.append(
             _gate("no worse than plain rounding (dB)", plain["sqnr_db"], plain["plain_sqnr_db"], False)
         )

@@ -36,25 +36,32 @@ TOLD_DB = 3.0  # from here on the difference is worth a hint
 
 
 def plain_record(
-    reference: Graph, graph: Graph, plan: Plan, arithmetic: Arithmetic, batches: Iterable[Sequence[Tensor]]
+    reference: Graph,
+    graph: Graph,
+    plan: Plan,
+    arithmetic: Arithmetic,
+    batches: Iterable[Sequence[Tensor]],
+    calibration: Iterable[Sequence[Tensor]] | None = None,
 ) -> dict[str, Any]:
     """The `plain` section of a measurement.
 
     Args:
         reference: the float network, folded, with its original weights.
         graph, plan: the compressed network.
-        batches: inputs; the first `SAMPLES` samples are used.
+        batches: inputs to compare on; the first `SAMPLES` samples are used.
+        calibration: inputs to take ranges from, likewise; default: the same ones.
 
     Returns: `sqnr_db` of the float outputs against the result's error and `plain_sqnr_db` against that of plain
         rounding, both simulated (null where there is no error), and `holds`.
     """
     few = _few(batches)
     record: dict[str, Any] = {"samples": sum(len(inputs[0]) if inputs[0].dim() else 1 for inputs in few)}
+    seen = few if calibration is None else _few(calibration)
     with torch.no_grad():
         floats = [reference.run(*inputs) for inputs in few]
         found = _error(Simulator(graph, plan, arithmetic), few, floats)
         try:
-            plain = _error(Simulator(reference, _plain(reference, plan, few), arithmetic), few, floats)
+            plain = _error(Simulator(reference, _plain(reference, plan, seen), arithmetic), few, floats)
         except BitportError as error:  # a bias, say, that only fits because a step made room for it
             absent(record, "plain_sqnr_db", f"plain rounding isn't possible here: {error}")
             return {**record, "sqnr_db": _finite(found), "holds": True}
