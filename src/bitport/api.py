@@ -140,9 +140,9 @@ def compress(
     check_weights(graph.gm)  # they may have been changed since the network was loaded
     _check_precision(graph)
     explicit, runtime = prepare(recipe, target, effort)
-    calibration = _source(data, graph, explicit, "calibration", "ignored")
+    calibration = source(data, graph, explicit, "calibration", "ignored")
     judged = (
-        _source(evaluation, graph, explicit, "evaluation", "optional")
+        source(evaluation, graph, explicit, "evaluation", "optional")
         if evaluation is not None
         else calibration
     )
@@ -275,7 +275,7 @@ def verify(
     given = data is not None
     if data is None:
         data = [Batch(artifacts.read_sample(opened.path, subject.graph, opened.plan))]
-    judged = _source(data, subject.graph, opened.recipe, "evaluation", "optional")
+    judged = source(data, subject.graph, opened.recipe, "evaluation", "optional")
     listener = progress or NullProgress()
     # a handful of golden samples can't decide the artifact's gate; data that was given can
     shapes = [spec.shape for spec in subject.graph.outputs]
@@ -341,7 +341,11 @@ def prepare(recipe: str | Path | Recipe, target: str, effort: str | None = None)
     return explicit, make_target(target, dict(explicit.target))
 
 
-def _source(data: Any, graph: Graph, recipe: Recipe, role: str, labels: str) -> Source:
+def source(data: Any, graph: Graph, recipe: Recipe, role: str, labels: str) -> Source:
+    """Data in the caller's form, or the path of it, as batches for a network; images as the recipe prepares them.
+
+    Raises DataError.
+    """
     names = [spec.name for spec in graph.inputs]
     if isinstance(data, str | Path):
         data = open_data(data, names=names, preprocessing=recipe.preprocessing)

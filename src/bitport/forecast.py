@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from . import registry
 from .artifact import make_target
+from .errors import TargetError
+from .frontends.pytorch import load_module
 from .graph import Graph
 from .plan import Plan, decide
 from .proof import cost
 from .proof.integer import SILENT
+from .recipe import Recipe
 from .steps.quantize import ACTIVATIONS, WEIGHTS
 from .targets._base import Target, has_integer_dot_product, host
 
@@ -47,6 +54,55 @@ def inspect(graph: Graph, target: str | None = None) -> dict[str, Any]:
         "notes": list(graph.notes),
         "host": host(),
     }
+
+
+class _Sample(nn.Module):
+    """A layer of each kind whose weights recipes speak of, wide enough for any group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3)
+        self.linear = nn.Linear(256, 256)
+        self.embedding = nn.Embedding(16, 256)
+
+    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.conv(image), self.linear(self.embedding(tokens))
+
+
+@cache
+def _sample() -> Graph:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _Sample().eval()
+    return load_module(model, (torch.zeros(2, 16, 8, 8), torch.zeros(2, 4, dtype=torch.int64)))
+
+
+def ways(recipe: Recipe, targets: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What each target would run a recipe's layers with: target → kind of layer → `{kernel, mode, reason}`.
+
+    Read from the target's table with an ordinary layer of each kind; `mode` is "static", "dynamic" or "weights". A
+    target that can't hold the recipe's formats has `{"reason": …}` alone. Overrides are left aside. A recipe without
+    `quantize` gives no layers.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in targets:
+        found[name] = {}
+        rules = make_target(name, dict(recipe.target)).rules()
+        for step in recipe.steps:
+            if step.use != "quantize":
+                continue
+            weights = WEIGHTS.changed(step.options.get("weights", {}))
+            activations = ACTIVATIONS.changed(step.options.get("activations", {}))
+            try:
+                plan = decide(_sample(), rules, weights=weights, activations=activations)
+            except TargetError as error:
+                found[name] = {"reason": str(error)}
+                break
+            for kind in ("conv", "linear", "embedding"):
+                todo = plan.node(kind)
+                mode = (todo.mode or "static") if todo.kernel else None
+                found[name][kind] = {"kernel": todo.kernel, "mode": mode, "reason": todo.reason}
+    return found
 
 
 def _worth(graph: Graph, name: str, macs: Mapping[str, int]) -> bool:

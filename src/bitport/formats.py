@@ -35,13 +35,13 @@ from typing import Any
 from bitport.errors import FormatError
 
 # name -> (exponent bits, mantissa bits); one more bit holds the sign. These are stored as they are, without a scale.
-_FLOATS: Mapping[str, tuple[int, int]] = MappingProxyType(
+FLOATS: Mapping[str, tuple[int, int]] = MappingProxyType(
     {"float32": (8, 23), "float16": (5, 10), "bfloat16": (8, 7)}
 )
-_GRANULARITIES = ("global", "tensor", "channel", "group")
+GRANULARITIES = ("global", "tensor", "channel", "group")
 SCALES = ("float32", "float16", "bfloat16", "e8m0", "e4m3")
 # Names that stand for several fields. Sources: OCP Microscaling Formats (MX) v1.0, 2023; NVIDIA's NVFP4.
-_ALIASES: Mapping[str, str] = MappingProxyType(
+ALIASES: Mapping[str, str] = MappingProxyType(
     {
         "ternary": "int[-1,1]",
         "binary": "uint1",
@@ -51,7 +51,7 @@ _ALIASES: Mapping[str, str] = MappingProxyType(
         "nvfp4": "e2m1 group(16) scale(e4m3)",
     }
 )
-_TABLES: Mapping[str, int] = MappingProxyType({"nf4": 16, "sign": 2})  # name -> number of values
+TABLES: Mapping[str, int] = MappingProxyType({"nf4": 16, "sign": 2})  # name -> number of values
 _MOST_LEVELS = 256
 _INT32 = (-(2**31), 2**31 - 1)
 _REMEDY = (
@@ -115,7 +115,7 @@ class Format:
                 f"format kind {self.kind!r} is unknown: use 'int', 'float', 'log2' or 'codebook'"
             )
         check()
-        if (self.exponent, self.mantissa) not in _FLOATS.values():
+        if (self.exponent, self.mantissa) not in FLOATS.values():
             self._check_scales()
 
     def _check_int(self) -> None:
@@ -145,9 +145,9 @@ class Format:
 
     def _check_scales(self) -> None:
         name = self._name()
-        if self.granularity not in _GRANULARITIES:
+        if self.granularity not in GRANULARITIES:
             raise FormatError(
-                f"granularity {self.granularity!r} is unknown: use {' or '.join(_GRANULARITIES)}"
+                f"granularity {self.granularity!r} is unknown: use {' or '.join(GRANULARITIES)}"
             )
         if self.axis is not None and self.granularity not in ("channel", "group"):
             raise FormatError(
@@ -167,12 +167,12 @@ class Format:
 
     def _check_float(self) -> None:
         fields = (self.exponent, self.mantissa)
-        if fields not in _FLOATS.values() and not (1 <= self.exponent <= 8 and 0 <= self.mantissa <= 10):
+        if fields not in FLOATS.values() and not (1 <= self.exponent <= 8 and 0 <= self.mantissa <= 10):
             raise FormatError(
                 f"float format with {fields[0]} exponent and {fields[1]} mantissa bits is not supported: use 1 … 8 "
-                f"exponent and up to 10 mantissa bits, or {', '.join(_FLOATS)}"
+                f"exponent and up to 10 mantissa bits, or {', '.join(FLOATS)}"
             )
-        if fields in _FLOATS.values():
+        if fields in FLOATS.values():
             object.__setattr__(self, "scale", "none")
             if (
                 self.low
@@ -194,12 +194,10 @@ class Format:
 
     def _check_codebook(self) -> None:
         self._refuse("low", "high", "symmetric", "exponent", "mantissa")
-        if self.table in _TABLES:
-            object.__setattr__(self, "size", _TABLES[self.table])
+        if self.table in TABLES:
+            object.__setattr__(self, "size", TABLES[self.table])
         elif self.table != "learned":
-            raise FormatError(
-                f"codebook table {self.table!r} is unknown: use {', '.join(_TABLES)} or learned"
-            )
+            raise FormatError(f"codebook table {self.table!r} is unknown: use {', '.join(TABLES)} or learned")
         if type(self.size) is not int or not 2 <= self.size <= _MOST_LEVELS:
             raise FormatError(f"codebook({self.size}): give 2 … {_MOST_LEVELS} values")
         self._set_bits((self.size - 1).bit_length())
@@ -240,14 +238,14 @@ class Format:
         if parts is None:
             raise FormatError(f"format {text!r} is malformed: {_REMEDY}")
         name, words = parts[1], parts[2]
-        if name in _ALIASES:
-            name, _, more = _ALIASES[name].partition(" ")
+        if name in ALIASES:
+            name, _, more = ALIASES[name].partition(" ")
             words = f" {more}{words}"
         options = _parse_options(text, words)
-        if name in _FLOATS:
+        if name in FLOATS:
             if options:
                 raise FormatError(f"format {text!r}: {name} has no options; write {name!r} alone")
-            exponent, mantissa = _FLOATS[name]
+            exponent, mantissa = FLOATS[name]
             return cls("float", exponent=exponent, mantissa=mantissa)
         named = _parse_name(text, name)
         if "bits" in named.keys() & options.keys():
@@ -335,9 +333,9 @@ class Format:
         if self.kind == "log2":
             return f"log2({self.bits})"
         if self.kind == "codebook":
-            return self.table if self.table in _TABLES else f"codebook({self.size})"
+            return self.table if self.table in TABLES else f"codebook({self.size})"
         if self.is_float:
-            named = (name for name, fields in _FLOATS.items() if fields == (self.exponent, self.mantissa))
+            named = (name for name, fields in FLOATS.items() if fields == (self.exponent, self.mantissa))
             return next(named, f"e{self.exponent}m{self.mantissa}")
         width = _width(self.low, self.high)
         # int5 is read, but written int[-16,15]: widths without hardware behind them are clearer spelt out.
@@ -383,7 +381,7 @@ def _named_ranges(width: int) -> dict[str, tuple[int, int]]:
 
 def _parse_name(text: str, name: str) -> dict[str, Any]:
     """The fields that the name of a format stands for."""
-    if name in _TABLES:
+    if name in TABLES:
         return {"kind": "codebook", "table": name}
     if found := _COUNTED.fullmatch(name):
         number = int(found[2])

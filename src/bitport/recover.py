@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def requantize(
 
     Args:
         folder: the artifact.
-        recipe, data, out, evaluation, metric, max_drop, effort, seed, progress: as `compress` takes them.
+        recipe, data, out, evaluation, metric, max_drop, effort, seed, progress: as `compress` takes them. A recipe
+            without preprocessing gets the artifact's.
         target: another runtime than the artifact's.
 
     Raises as `compress`, and:
@@ -70,9 +72,12 @@ def requantize(
         f"re-quantized from {origin['recipe']} on {origin['target']} ({', '.join(origin['formats'])}): the losses "
         "here come on top of that one's"
     )
+    chosen = Recipe.of(recipe)
+    if not chosen.preprocessing:  # it belongs to the data, not to the formats
+        chosen = replace(chosen, preprocessing=opened.recipe.preprocessing)
     return api.compress(
         graph,
-        recipe,
+        chosen,
         target=target or opened.target.name,
         data=data,
         evaluation=evaluation,
@@ -96,14 +101,16 @@ def dequantize(
 
     Args:
         folder: the artifact.
-        data: unlabelled batches like those that calibrated it; needed to correct.
+        data: unlabelled batches like those that calibrated it, or a path; needed to correct.
         correct: False gives the plain numbers.
 
     Raises:
         Tampered: files of the artifact changed since it was published.
-        ArtifactError: the artifact has no statistics. DataError: the data doesn't fit the network.
+        ArtifactError: nothing in it is quantized, or it has no statistics. DataError: the data doesn't fit the network.
     """
     opened = Artifact.load(folder)
+    if not opened.plan.quantized:
+        raise ArtifactError(f"nothing in {opened.path.name!r} is quantized: bitport.load gives its floats")
     graph = opened.graph.clone()
     if not correct:
         return graph
@@ -112,9 +119,7 @@ def dequantize(
         raise ArtifactError(
             "correcting the floats takes data like that of the calibration: give data=, or correct=False"
         )
-    source = Source(
-        data, role="calibration", names=[s.name for s in graph.inputs], labels="ignored", specs=graph.inputs
-    )
+    source = api.source(data, graph, opened.recipe, "calibration", "ignored")
     graph.gm.eval()
     listener = progress or NullProgress()
     layers = [

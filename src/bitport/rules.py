@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from .formats import Format
+from .formats import GRANULARITIES, Format
 
 if TYPE_CHECKING:
     import torch.fx
@@ -118,7 +118,6 @@ class Holds:
         return f"{', '.join(kinds)}{widths} with a scale per {' or '.join(self.granularities)}"
 
 
-GRANULARITIES = ("global", "tensor", "channel", "group")
 # Whatever has a file of its own width and becomes float when it is read.
 ANY_WEIGHT = Holds(
     ("int", "float", "log2", "codebook"), low=-(2**15), high=2**16 - 1, granularities=GRANULARITIES

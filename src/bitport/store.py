@@ -19,8 +19,9 @@ import re
 import shutil
 import socket
 import stat
+import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -132,6 +133,41 @@ class Workspace:
                 f"output folder {self.out} needs about {self._need_bytes:,} bytes and the disk has {free:,}: "
                 "free space or choose another folder"
             )
+
+
+@contextlib.contextmanager
+def new_file(out: str | Path) -> Iterator[Path]:
+    """A place to write a new file at: under its name all at once, or not at all. What is there is never replaced.
+
+    Raises ArtifactError when `out` exists, before anything is done and again at the end, or can't be written.
+    """
+    place = Path(os.path.abspath(out))
+    if os.path.lexists(place):
+        raise _taken(place)
+    scratch = None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
+        yield scratch / place.name
+        _flush_entry(scratch / place.name)
+        try:
+            os.link(scratch / place.name, place)  # unlike a rename it fails where somebody was faster
+        except FileExistsError:
+            raise _taken(place) from None
+        except OSError:  # a file system without hard links
+            os.rename(scratch / place.name, place)
+        _flush_entry(place.parent)
+    except OSError as error:
+        raise ArtifactError(
+            f"{place} can't be written ({error.strerror}): free space, mend its permissions, or name another file"
+        ) from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _taken(place: Path) -> ArtifactError:
+    return ArtifactError(f"{place} exists already and is not replaced: name another file, or remove it")
 
 
 def manifest(folder: str | Path) -> dict[str, str]:

@@ -12,15 +12,15 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from ..errors import BitportError, LoadError
+from .listings import LISTINGS
 from .run import DEBUG, ERROR, GATE, HOLDS, Outcome, measured, run, terminal
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ _CALLABLE = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 # ---------------------------------------------------------------------------------------------- commands
 
-_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+as_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 _nonfinite = click.option(
     "--nonfinite",
     type=click.Choice(["refuse", "zero"]),
     default="refuse",
     help="Weights that are NaN or infinite: refuse them (default), or set them to zero and say so.",
 )
-_folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+folder_argument = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -64,7 +64,7 @@ def cli() -> None:
 @click.argument("model")
 @click.option("--target", metavar="T", help="Runtime: also tell what it would run in integers.")
 @_nonfinite
-@_json
+@as_json_option
 def inspect(model: str, target: str | None, nonfinite: str, as_json: bool) -> None:
     """Layers, parameters, MACs; what a target would run in integers, and the speed to expect."""
 
@@ -93,7 +93,7 @@ def inspect(model: str, target: str | None, nonfinite: str, as_json: bool) -> No
 @click.option("--effort", metavar="E", help="fast, balanced or best.")
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Artifact folder.")
 @_nonfinite
-@_json
+@as_json_option
 def compress(
     model: str,
     target: str,
@@ -112,8 +112,7 @@ def compress(
 
     A result that misses its gate leaves DIR as it was and goes to DIR.rejected (exit code 3).
     """
-    if max_drop is not None and not math.isfinite(max_drop):
-        raise click.BadParameter("must be a finite number", param_hint="--max-drop")
+    check_limit(max_drop)
 
     def work(progress: Progress) -> Outcome:
         from .. import api
@@ -133,13 +132,13 @@ def compress(
             effort=effort,
             progress=progress,
         )
-        return measured(_read(out), out)
+        return measured(read_record(out), out)
 
     run(work, as_json)
 
 
 @cli.command(short_help="Measure an artifact again, or judge a device's outputs.")
-@_folder
+@folder_argument
 @click.option("--data", metavar="D", help="Evaluation data; default: the artifact's own golden sample.")
 @click.option("--metric", metavar="M", help="Metric on that data; default: the artifact's own.")
 @click.option("--target", metavar="T", help="Another runtime than the artifact's.")
@@ -149,7 +148,7 @@ def compress(
     type=click.Path(path_type=Path),
     help="Run nothing: judge what a device made of the inputs in DIR/sample.npz.",
 )
-@_json
+@as_json_option
 def verify(
     folder: Path,
     data: str | None,
@@ -181,8 +180,8 @@ def verify(
 
 
 @cli.command(short_help="Write the report.html of an artifact.")
-@_folder
-@_json
+@folder_argument
+@as_json_option
 def report(folder: Path, as_json: bool) -> None:
     """Write DIR/report.html from the records in DIR, and print its path."""
 
@@ -196,15 +195,13 @@ def report(folder: Path, as_json: bool) -> None:
 
 
 @cli.command(name="list")
-@click.argument(
-    "kind", type=click.Choice(["targets", "recipes", "steps", "formats", "ranges", "metrics", "criteria"])
-)
-@_json
+@click.argument("kind", type=click.Choice(list(LISTINGS)))
+@as_json_option
 def list_(kind: str, as_json: bool) -> None:
     """Names that recipes and flags may use."""
 
     def work(progress: Progress) -> Outcome:
-        found = _LISTINGS[kind]()
+        found = LISTINGS[kind]()
         return Outcome({kind: found}, lambda: terminal().listing(kind, found))
 
     run(work, as_json)
@@ -219,7 +216,7 @@ def list_(kind: str, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="Folder.",
 )
-@_json
+@as_json_option
 def demo(out: Path, as_json: bool) -> None:
     """Train a small net on handwritten digits, compress it to int8, prove it on ONNX Runtime."""
 
@@ -227,7 +224,7 @@ def demo(out: Path, as_json: bool) -> None:
         from .. import demo
 
         demo.run(out=out, progress=progress)
-        return measured(_read(out), out)
+        return measured(read_record(out), out)
 
     run(work, as_json)
 
@@ -273,7 +270,14 @@ def _call(spec: str) -> tuple[Any, Any]:
     return made
 
 
-def _read(folder: Path) -> Mapping[str, Any]:
+def check_limit(max_drop: float | None) -> None:
+    """Raise BadParameter for a limit that is no number."""
+    if max_drop is not None and not math.isfinite(max_drop):
+        raise click.BadParameter("must be a finite number", param_hint="--max-drop")
+
+
+def read_record(folder: Path) -> Mapping[str, Any]:
+    """The measurement record of an artifact."""
     from .. import records
 
     return _as_mapping(records.load(folder / "measurements.json"))
@@ -303,69 +307,6 @@ def _draw_outputs(record: Mapping[str, Any]) -> None:
     click.echo(
         f"{'✓' if record['verdict']['passed'] else '✗'} {wording.plain(record['verdict']['sentence'], 1000)}"
     )
-
-
-def _list_targets() -> dict[str, Any]:
-    from .. import api
-
-    return dict(api.targets())
-
-
-def _list_recipes() -> dict[str, Any]:
-    from ..recipe import Recipe
-
-    return {name: {"summary": Recipe.preset(name).summary} for name in Recipe.presets()}
-
-
-def _list_steps() -> dict[str, Any]:
-    from .. import registry
-
-    return {name: {"summary": registry.summary("steps", name)} for name in registry.names("steps")}
-
-
-def _list_formats() -> dict[str, Any]:
-    from ..formats import Format
-
-    written = ("int8", "int8n", "uint8", "int16", "int4", "int[-16,15]", "float32", "float16", "bfloat16")
-    found = {}
-    for name in written:
-        fmt = Format.parse(name)
-        span = "floating point" if fmt.is_float else f"{fmt.low} … {fmt.high}"
-        found[name] = {"summary": f"{span}, stored in {fmt.bits} bits", "bits": fmt.bits}
-    found["intN"] = {"summary": "N = 1 … 32; intNn is narrow (without the lowest code); uintN: N = 1 … 16"}
-    found["int[LOW,HIGH]"] = {"summary": "any range of integers that holds 0"}
-    return found
-
-
-def _list_ranges() -> dict[str, Any]:
-    from ..numerics import ranges
-
-    return {name: {"summary": summary} for name, summary in ranges.known().items()}
-
-
-def _list_metrics() -> dict[str, Any]:
-    from .. import metrics
-
-    return {name: {"summary": summary} for name, summary in metrics.known().items()}
-
-
-def _list_criteria() -> dict[str, Any]:
-    # pruning criteria are the public functions of one file; a version without pruning has none
-    if find_spec("bitport.numerics.importance") is None:
-        return {}
-    known = importlib.import_module("bitport.numerics.importance").known()
-    return {name: {"summary": summary} for name, summary in known.items()}
-
-
-_LISTINGS: dict[str, Callable[[], dict[str, Any]]] = {
-    "targets": _list_targets,
-    "recipes": _list_recipes,
-    "steps": _list_steps,
-    "formats": _list_formats,
-    "ranges": _list_ranges,
-    "metrics": _list_metrics,
-    "criteria": _list_criteria,
-}
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

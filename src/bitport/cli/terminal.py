@@ -21,6 +21,7 @@ from .. import wording
 from ..page.summary import Islands, Row, comparison, islands, section, sqnr, worst_layers
 from ..progress import Progress, Task
 from ..proof.verdict import judge, subject
+from ..rules import DECODED
 from .run import shown
 
 _FILE_WIDTH = 120
@@ -221,7 +222,20 @@ def listing(kind: str, found: Mapping[str, Any]) -> None:
                 f" (not available: {wording.plain(entry.get('needs') or 'not installed')})", style="yellow"
             )
         table.add_row(_text(name, "bold"), text)
+        for target, kinds in (entry.get("targets") or {}).items():
+            table.add_row("", _text(f"{target}: {_way(kinds)}", "dim"))
     console.print(table)
+
+
+def _way(kinds: Mapping[str, Any]) -> str:
+    """What a target runs the layers of a recipe with: `linear QGemm; conv, embedding decoded to float32`."""
+    if "reason" in kinds:
+        return str(kinds["reason"])
+    groups: dict[str, list[str]] = {}
+    for kind, way in kinds.items():
+        how = "decoded to float32" if way["kernel"] == DECODED else way["kernel"] or f"float: {way['reason']}"
+        groups.setdefault(how, []).append(kind)
+    return "; ".join(f"{', '.join(names)} → {how}" for how, names in groups.items()) or "float32 as it is"
 
 
 class _BarWhereKnown(BarColumn):

@@ -44,9 +44,9 @@ def check_tensor_options(key: str, table: Mapping[str, Any], path: str) -> None:
 
     Raises RecipeError naming the key and what is allowed.
     """
+    from bitport.formats import GRANULARITIES
     from bitport.numerics import ranges
     from bitport.plan import TensorOptions
-    from bitport.rules import GRANULARITIES
 
     _check_fields(table, TensorOptions, path, without=("dynamic",) if key == "weights" else ("group",))
     known = GRANULARITIES if key == "weights" else ("global", "tensor")
