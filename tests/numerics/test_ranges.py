@@ -22,7 +22,6 @@ from bitport.numerics.ranges import (
     minmax,
     mse,
     percentile,
-    weight_losses,
     weight_ranges,
 )
 
@@ -429,22 +428,3 @@ def test_percentile_of_formats_without_a_zero_point_is_symmetric(name: str) -> N
     assert (low, high) == (-89.0, 10.0)
     found = percentile(histogram(w), Format.parse(name), q=90)
     assert found == pytest.approx((-89.0, 10.0), abs=0.1)
-
-
-def test_losses_of_groups() -> None:
-    """One outlier of 1000 flushes the 31 others of its group; channel 1 has none."""
-    w = torch.full((2, 40), 0.5)
-    w[0, 35] = 0.001
-    w[1, 3] = 1000.0
-    fmt = Format.parse("int8 symmetric group(32,0)")
-    low, high = weight_ranges(w, fmt, "minmax")
-    scale, _ = qparams(low, high, fmt)
-    assert weight_losses(w, fmt, low, high, scale) == (0, 31, 1)
-    assert weight_losses(w, fmt, low, high / 4, scale)[0] == 32 + 7 + 1 + 8
-    w[1, 3] = 0.5
-    low, high = weight_ranges(w, fmt, "minmax")
-    assert weight_losses(w, fmt, low, high, qparams(low, high, fmt)[0]) == (0, 0, -1)
-    w[1, 3] = 1000.0
-    e4m3 = Format.parse("e4m3 group(32,0)")
-    low, high = weight_ranges(w, e4m3, "minmax")
-    assert weight_losses(w, e4m3, low, high, high / 448) == (0, 0, -1)

@@ -54,7 +54,6 @@ __all__ = [
     "mse",
     "percentile",
     "search",
-    "weight_losses",
     "weight_ranges",
     "weights_range",
 ]
@@ -157,42 +156,6 @@ def weights_range(tensors: Iterable[Tensor], fmt: Format, spec: Spec) -> tuple[T
     # The weights have no order in time, so they are a single update.
     low, high = torch.tensor(estimate(h.as_one_update(), fmt, spec), dtype=torch.float32).unbind()
     return low, high
-
-
-def weight_losses(w: Tensor, fmt: Format, low: Tensor, high: Tensor, scale: Tensor) -> tuple[int, int, int]:
-    """What a range costs a weight tensor: (clipped, flushed, channel).
-
-    Args:
-        w: any shape. low, high, scale: as `weight_ranges` and `qparams` return them, 0-d, [C] or [C, G].
-
-    Returns: how many values are far outside, more than twice the range; how many values other than 0 become 0 in
-        the channel (or in the group) where they are the largest share, counted only where nine of ten do; that
-        channel, else -1. Only integers flush in this sense: (clipped, 0, -1) for the other kinds of formats.
-    """
-    if w.numel() == 0:
-        return 0, 0, -1
-    parts = _parts(w.detach().float(), fmt)
-    ends = torch.maximum(-low, high).reshape(parts[0].shape[0], -1)
-    steps = scale.reshape(ends.shape)
-    clipped, worst = 0, (0.0, 0, -1)
-    first = 0
-    for part in parts:
-        groups = slice(first, first + part.shape[1])
-        first += part.shape[1]
-        reach = 2 * ends[:, groups, None]
-        size = part.abs()
-        clipped += int(((size > reach) & (reach > 0)).sum())
-        if not fmt.is_int or not part.numel():
-            continue
-        alive = (part != 0).sum(2)
-        flushed = ((part != 0) & (size < steps[:, groups, None] / 2)).sum(2)
-        many = (flushed >= 8) & (10 * flushed >= 9 * alive)
-        share = torch.where(many, flushed / alive.clamp(min=1), 0.0)
-        index = int(share.argmax())
-        if float(share.reshape(-1)[index]) > worst[0]:
-            found = (float(share.reshape(-1)[index]), int(flushed.reshape(-1)[index]), index // part.shape[1])
-            worst = found
-    return clipped, worst[1], worst[2]
 
 
 def choose_symmetry(h: Histogram, fmt: Format, spec: Spec) -> Format:

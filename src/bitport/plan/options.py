@@ -120,6 +120,8 @@ _MODES: Mapping[Mode, str] = {
     "weights": "float activations",
 }
 
+LONGEST_NAME = 200  # of a pattern, what is looked at for a suggestion: it takes quadratic time
+
 PerNode = dict[torch.fx.Node, TensorOptions]
 
 
@@ -146,7 +148,7 @@ def resolve(
         if not hits:
             given = {key: getattr(override, key) for key in ("match", "op", "type", "position")}
             said = ", ".join(f"{key} = {value!r}" for key, value in given.items() if value is not None)
-            near = get_close_matches(override.match or "", [graph.name(node) for node in nodes], 1)
+            near = get_close_matches(override.match[:LONGEST_NAME], [graph.name(node) for node in nodes], 1)
             raise RecipeError(
                 f"overrides[{index}] ({said}) matches no operator"
                 f"{f', but there is {near[0]!r}' if near else ''}; "

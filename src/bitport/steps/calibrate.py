@@ -15,6 +15,7 @@ from ..graph import Graph
 from ..graph.reading import constant_names
 from ..numerics.quantize import qparams, raise_weight_scale_for_bias
 from ..numerics.ranges import Histogram, choose_symmetry, estimate
+from ..numerics.scales import stored
 from ..plan import Plan, TensorPlan
 from ..plan.constants import settle
 from ._base import Context
@@ -155,6 +156,7 @@ def _room_for_biases(graph: Graph, plan: Plan, context: Context) -> Plan:
         sums = _largest_sum(graph, plan.ties[x_name], weight, w_scale.numel())
         raised = raise_weight_scale_for_bias(graph.tensor(edge.producer).detach(), x_scale, w_scale, sums)
         if not torch.equal(raised, w_scale):
+            raised = stored(raised, weight.format.scale, up=True)
             changed[w_name] = replace(weight, scale=raised)
             context.notes.append(f"the scale of {w_name!r} was raised so that its bias fits into 32 bits")
     if changed:

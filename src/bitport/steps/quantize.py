@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from ..errors import RecipeError
+from ..errors import FormatError, RecipeError, WeightsError
+from ..formats import Format
 from ..graph import Graph
-from ..numerics.codes import fit
+from ..numerics.codes import Grid, fit
+from ..numerics.losses import losses
 from ..numerics.quantize import qparams
 from ..numerics.ranges import (
     Histogram,
     choose_symmetry,
     choose_symmetry_of_weights,
-    weight_losses,
     weight_ranges,
     weights_range,
 )
@@ -66,39 +67,56 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
 
 
 def _fitted(graph: Graph, tie: TensorPlan, context: Context) -> TensorPlan:
-    """A weight's tie with its parameters."""
-    fmt, weights = tie.format, [graph.tensor(member).detach() for member in tie.members]
-    if len(weights) > 1 and fmt.is_int:
+    """A weight's tie with its parameters. Raises FormatError, WeightsError naming the weight."""
+    weights = {member: graph.tensor(member).detach() for member in tie.members}
+    name = " and ".join(tie.members[:2])
+    try:
+        fmt, grid = _grid(list(weights.values()), tie)
+    except (FormatError, WeightsError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    for member, weight in weights.items():
+        context.notes.extend(_lossy(member, weight, grid))
+    scale = grid.scale
+    if is_plain(fmt) and fmt.scale == "float32" and len(weights) == 1:
+        # zeros fit any scale, but their bias is stored on it as well: a coarse one would round it away
+        minimum, maximum = weight_ranges(next(iter(weights.values())), fmt, tie.range)
+        scale = torch.where((minimum == 0) & (maximum == 0), FINE_SCALE, scale)
+    return replace(tie, format=fmt, choose=False, scale=scale, zero_point=grid.zero_point, table=grid.table)
+
+
+def _grid(weights: list[torch.Tensor], tie: TensorPlan) -> tuple[Format, Grid]:
+    """What stores one weight, or several with one scale."""
+    fmt = tie.format
+    if len(weights) > 1 and fmt.is_int and fmt.scale == "float32":
         if tie.choose:
             every = Histogram()
             for part in weights:
                 every.update(part)
             fmt = choose_symmetry(every, fmt, tie.range)
-        scale, zero_point = qparams(*weights_range(weights, fmt, tie.range), fmt)
-        return replace(tie, format=fmt, choose=False, scale=scale, zero_point=zero_point)
+        return fmt, Grid(fmt, *qparams(*weights_range(weights, fmt, tie.range), fmt))
     weight = weights[0] if len(weights) == 1 else torch.cat([w.reshape(-1) for w in weights])
     if tie.choose:
         fmt = choose_symmetry_of_weights(weight, fmt, tie.range)
-    grid = fit(weight, fmt, tie.range)
-    scale = grid.scale
-    if is_plain(fmt):
-        minimum, maximum = weight_ranges(weight, fmt, tie.range)
-        losses = weight_losses(weight, fmt, minimum, maximum, scale)
-        context.notes.extend(_lossy(" and ".join(tie.members[:2]), weight.numel(), *losses))
-        empty = (minimum == 0) & (maximum == 0)
-        # zeros fit any scale, but their bias is stored on it as well: a coarse one would round it away
-        scale = torch.where(empty, FINE_SCALE, scale)
-    return replace(tie, format=fmt, choose=False, scale=scale, zero_point=grid.zero_point, table=grid.table)
+    return fmt, fit(weight, fmt, tie.range)
 
 
-def _lossy(name: str, values: int, clipped: int, flushed: int, channel: int) -> list[str]:
+def _lossy(name: str, weight: torch.Tensor, grid: Grid) -> list[str]:
     """What to say of a weight that its range doesn't suit: one far outlier is enough."""
-    notes = []
-    if clipped:
-        notes.append(f"{clipped} of {values} values of {name!r} lie far outside its range and are clipped")
-    if flushed:
+    found, fmt, notes = losses(weight, grid), grid.format, []
+    if found.clipped:
         notes.append(
-            f"{flushed} values of {name!r} in channel {channel} become 0, because others there are far larger: "
-            'repair them, or give its weights range = "percentile"'
+            f"{found.clipped} of {weight.numel()} values of {name!r} lie far outside its range and are clipped, "
+            f"{100 * found.mass:.3g} % of the sum of its magnitudes"
         )
+    if found.lost:
+        groups = grid.scale.shape[1] if grid.scale.ndim == 2 else 1
+        where = f" in channel {found.row // groups}" if grid.scale.ndim else ""
+        become = "are lost" if fmt.kind == "codebook" else "become 0"
+        why = "because others there are far larger: repair them, or "
+        if found.all:
+            why = f"being too small for {'its scales' if grid.scale.ndim or not fmt.unscaled else fmt}: "
+        remedy = (
+            "keep it in float32" if found.all or fmt.unscaled else 'give its weights range = "percentile"'
+        )
+        notes.append(f"{found.lost} values of {name!r}{where} {become}, {why}{remedy}")
     return notes
