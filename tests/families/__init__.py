@@ -71,6 +71,34 @@ def _whisper() -> Family:
     return model, lambda count: {"input_features": torch.randn(count, 16, 40)}
 
 
+def _answers(count: int) -> Inputs:
+    """What an encoder reads and what a decoder has written so far."""
+    return {**_tokens(count), "decoder_input_ids": torch.randint(1, VOCABULARY, (count, 6))}
+
+
+def _bart() -> Family:
+    model = _made(
+        "BartForConditionalGeneration", "BartConfig", vocab_size=VOCABULARY, d_model=32, encoder_layers=1,
+        decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        max_position_embeddings=32, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, forced_eos_token_id=2,
+    )  # fmt: skip
+    return model, _answers
+
+
+def _siglip() -> Family:
+    text = {
+        **WIDE,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 16,
+        "eos_token_id": 2,
+        "projection_size": 32,
+    }
+    vision = {**WIDE, "image_size": 32, "patch_size": 8}
+    model = _made("SiglipModel", "SiglipConfig", text_config=text, vision_config=vision)
+    return model, lambda count: {**_tokens(count), **_images()(count)}
+
+
 def _t5() -> Family:
     model = _made(
         "T5EncoderModel", "T5Config", vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
@@ -106,6 +134,23 @@ VISION: dict[str, Callable[[], Family]] = {
     "beit": lambda: _vision("Beit", **WIDE, image_size=32, patch_size=8, use_relative_position_bias=True),
 }
 
+VISION |= {
+    "segformer": lambda: (
+        _made("SegformerForSemanticSegmentation", "SegformerConfig", depths=[1, 1, 1, 1], hidden_sizes=[16, 16, 32, 32],
+              num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16, num_labels=5), _images(64),
+    ),
+    "dinov2": lambda: _vision("Dinov2", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=32,
+                              patch_size=8),
+    "swinv2": lambda: _vision(
+        "Swinv2", image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4
+    ),
+    "mobilevitv2": lambda: _vision("MobileViTV2", 64, image_size=64, width_multiplier=0.25),
+    "siglip_vision": lambda: (
+        _made("SiglipVisionModel", "SiglipVisionConfig", **{**WIDE, "num_hidden_layers": 1}, image_size=32,
+              patch_size=8), _images(),
+    ),
+}  # fmt: skip
+
 SEQUENCES: dict[str, Callable[[], Family]] = {
     "bert": lambda: _text("Bert", **WIDE, max_position_embeddings=32),
     "distilbert": lambda: _text("DistilBert", dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=32),
@@ -119,6 +164,18 @@ SEQUENCES: dict[str, Callable[[], Family]] = {
                            max_position_embeddings=32, use_cache=False),
     "mixtral": lambda: _text("Mixtral", "ForCausalLM", **WIDE, num_key_value_heads=2, num_local_experts=4,
                              num_experts_per_tok=2, max_position_embeddings=32, use_cache=False),
+    "qwen3_moe": lambda: _text("Qwen3Moe", "ForCausalLM", **WIDE, num_key_value_heads=2, head_dim=8, num_experts=4,
+                               num_experts_per_tok=2, moe_intermediate_size=32, max_position_embeddings=32,
+                               use_cache=False),
+    "gpt_oss": lambda: _text("GptOss", "ForCausalLM", **WIDE, num_key_value_heads=2, head_dim=8, num_local_experts=4,
+                             num_experts_per_tok=2, sliding_window=4, max_position_embeddings=32, use_cache=False),
+    "deberta_v2": lambda: _text("DebertaV2", **{**WIDE, "num_hidden_layers": 1}, max_position_embeddings=32,
+                                relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"],
+                                norm_rel_ebd="layer_norm", share_att_key=True, pooler_hidden_size=32),
+    "mamba2": lambda: _text("Mamba2", "ForCausalLM", hidden_size=32, num_hidden_layers=1, state_size=4, num_heads=8,
+                            head_dim=8, n_groups=2, chunk_size=4, use_cache=False),
+    "bart": _bart,
+    "siglip": _siglip,
     "t5_encoder": _t5,
     "whisper_encoder": _whisper,
     "wav2vec2": _wav2vec2,

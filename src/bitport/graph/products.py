@@ -210,6 +210,7 @@ def _contract(graph: Graph, node: fx.Node, call: Call) -> None:
     dims = [made.index(x) for x in out]
     if dims != sorted(dims):
         product = insert(graph, node, aten.permute.default, (product, dims), f"{name}.order")
+    product.meta["val"] = node.meta.get("val")  # an einsum that reads it has to know its shape
     replace(graph, node, product)
 
 
