@@ -100,8 +100,8 @@ def distributions(
 
     Returns: for each tensor `tensor`, `layer` (the operator it belongs to), `what` ("weights", "activations"),
         `format`, `granularity`, `unit`, `edges` [n+1], `counts` [n], `range` [low, high], `clipped_share` (values
-        further than half a step outside the range) and `of` (finite values). A weight with a scale per channel is
-        given in steps of it (`unit` "steps"), so that one range holds for all channels; else `unit` is "value".
+        further than half a step outside the range) and `of` (finite values). A weight with a scale per channel or
+        group is given in steps of it (`unit` "steps"), so that one range holds for all; else `unit` is "value".
     """
     order = {reference.name(node): index for index, node in enumerate(reference.gm.graph.nodes)}
     weights = _weights(reference, plan, order)
@@ -126,12 +126,9 @@ def _weights(reference: Graph, plan: Plan, order: Mapping[str, int]) -> list[_Te
             value = reference.tensor(member).detach()
             tensor = _of(member, used_by[name], "weights", tie)
             if tie.scale.numel() > 1:
-                tensor.unit, tensor.low, tensor.high, tensor.step = "steps", *_codes(tie), 1.0
-                axis, group = tie.format.axis or 0, tie.format.group
-                if group:
-                    value = value / grouped(tie.scale, value.shape, axis, group)
-                else:
-                    value = value / along(tie.scale, value.dim(), axis)
+                low, high = (code - tie.format.zero_point for code in (tie.format.low, tie.format.high))
+                tensor.unit, tensor.low, tensor.high, tensor.step = "steps", low, high, 1.0
+                value = _in_steps(value, tie)
             tensor.update(value)
             found.append(tensor)
     return found
@@ -165,10 +162,14 @@ def _of(name: str, layer: str, what: str, tie: TensorPlan) -> _Tensor:
     return _Tensor(name, layer, what, tie.format, low, high, scale)
 
 
-def _codes(tie: TensorPlan) -> tuple[float, float]:
-    """The lowest and highest integer, counted from the zero point."""
-    zero_point = float(tie.parameters()[1].flatten()[0])
-    return tie.format.low - zero_point, tie.format.high - zero_point
+def _in_steps(value: Tensor, tie: TensorPlan) -> Tensor:
+    """Values in steps of their own scale, each moved so that all have the zero point of a symmetric format."""
+    axis, moved = tie.format.axis or 0, [part.float() for part in tie.parameters()]
+    if tie.format.group:
+        scale, zero_point = (grouped(part, value.shape, axis, tie.format.group) for part in moved)
+    else:
+        scale, zero_point = (along(part, value.dim(), axis) for part in moved)
+    return value / scale + (zero_point - tie.format.zero_point)
 
 
 def _observe(reference: Graph, tensors: list[_Tensor], evaluation: Source, progress: Progress) -> None:
