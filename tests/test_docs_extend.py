@@ -110,6 +110,9 @@ def test_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = bitport.load(network, torch.zeros(1, 1, 8, 8))
     artifact = bitport.compress(graph, recipe, target="null", data=small.calibration(), out=tmp_path / "out")
     assert any("1 outliers of weights were pulled in" in note for note in artifact.measurements["notes"])
+    # the network was changed on purpose: plain rounding of the old one is no measure of it
+    assert artifact.measurements["plain"] is None
+    assert "'tame' changed the network" in artifact.measurements["plain_reason"]
     assert float(network.body.weight.detach().max()) == 50  # the user's network is untouched
     assert [step.use for step in artifact.recipe.steps][:3] == ["fold", "tame", "quantize"]
     with pytest.raises(bitport.RecipeError, match="sigmas"):

@@ -40,6 +40,7 @@ from .targets._base import Target
 
 __all__ = ["compress", "inspect", "load", "report", "targets", "verify"]
 
+SAME_FUNCTION = ("fold",)  # steps that only rewrite a network
 REPORT_BYTES = 8 * 2**20
 
 
@@ -191,7 +192,10 @@ def compress(
         facts = {"recipe": explicit.name, "seed": seed, **({"origin": graph.origin} if graph.origin else {})}
         subject = Subject(workspace.path, reference, work, plan, runtime, facts)
         artifacts.write_sample(workspace.path, work, tuple(first.inputs), runtime.open(workspace.path))
-        record = measure(subject, judged, chosen, max_drop, progress, calibration)
+        changed = _changes_before_rounding(explicit)
+        record = measure(subject, judged, chosen, max_drop, progress, None if changed else calibration)
+        if changed and plan.quantized:
+            record["plain_reason"] = f"{changed!r} changed the network on purpose before it was quantized"
         record["notes"] = [
             *context.notes,
             *doubts.of_data(calibration, judged, evaluation is not None),
@@ -375,6 +379,16 @@ def _bytes_needed(graph: Graph) -> int:
     """What a run writes at most: three float copies of the network, its integers, the report."""
     tensors = [*graph.gm.parameters(), *graph.gm.buffers()]
     return REPORT_BYTES + sum(t.numel() * t.element_size() for t in tensors) * 13 // 4
+
+
+def _changes_before_rounding(recipe: Recipe) -> str | None:
+    """The first step before `quantize` that may change what the network computes; None where there is none.
+
+    Plain rounding of the original network says nothing of such a result: a pruned one is further away by intent.
+    """
+    uses = [step.use for step in recipe.steps]
+    before = uses[: uses.index("quantize")] if "quantize" in uses else []
+    return next((use for use in before if use not in SAME_FUNCTION), None)
 
 
 def _reference(graph: Graph, work: Graph, rules: Ruleset) -> Graph:

@@ -119,7 +119,8 @@ class Optimistic(OnnxRuntime):
 
     def rules(self) -> Ruleset:
         right = super().rules()
-        row = OpRule(("gelu",), right.rows[3].operands, right.rows[3].output, "QLinearGelu", "elementwise")
+        add = next(row for row in right.rows if "add" in row.kinds)
+        row = OpRule(("gelu",), add.operands, add.output, "QLinearGelu", "elementwise")
         return replace(right, rows=(row, *right.rows))
 
 
