@@ -230,7 +230,7 @@ def test_model_from_a_callable(api: FakeApi, tmp_path: Path, monkeypatch: pytest
         ("def f(): return 3", "{}:f", "return (model, example_inputs)"),
         ("def f(): raise ValueError('oh no')", "{}:f", "ValueError: oh no"),
         ("def f(): pass", "{}:g", "AttributeError"),
-        ("import sys; sys.exit(0)", "{}:f", "unexpected SystemExit"),
+        ("import sys; sys.exit(0)", "{}:f", "could not be called (SystemExit: 0)"),
         ("", "no_such_module_at_all:f", "ModuleNotFoundError"),
     ],
 )

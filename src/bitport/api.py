@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -41,6 +40,7 @@ from .targets._base import Target
 __all__ = ["compress", "inspect", "load", "report", "targets", "verify"]
 
 SAME_FUNCTION = ("fold",)  # steps that only rewrite a network
+LARGEST_DROP = 1e15  # beyond it nothing is judged, and figures of it don't fit into a report
 REPORT_BYTES = 8 * 2**20
 
 
@@ -153,8 +153,10 @@ def compress(
         )
     device = steps.usable_device(device)
     graph = graph.on_cpu()
-    if max_drop is not None and not 0 <= max_drop < math.inf:
-        raise RecipeError(f"max_drop = {max_drop}: give a finite number from 0 on, in the metric's unit")
+    if max_drop is not None and not 0 <= max_drop <= LARGEST_DROP:
+        raise RecipeError(
+            f"max_drop = {max_drop}: give a number from 0 to {LARGEST_DROP:g}, in the metric's unit"
+        )
     with (
         store.Workspace(out, need_bytes=_bytes_needed(graph)) as workspace,
         torch.random.fork_rng(devices=[]),
@@ -166,8 +168,7 @@ def compress(
         first = _first(judged)
         given = [judged] if judged is calibration else [judged, calibration]
         preflight.ask(graph, first.inputs)
-        shapes = [spec.shape for spec in graph.outputs]
-        chosen = metrics.get(metric, first.labels is not None, first.labels, shapes)
+        chosen = _metric(metric, first.labels, graph)
         rehearse_on(graph, first, chosen)
         for other in given[1:]:
             preflight.ask(graph, _first(other).inputs)
@@ -282,8 +283,7 @@ def verify(
     judged = source(data, subject.graph, opened.recipe, "evaluation", "optional")
     listener = progress or NullProgress()
     # a handful of golden samples can't decide the artifact's gate; data that was given can
-    shapes = [spec.shape for spec in subject.graph.outputs]
-    chosen, limit, notes = _gate(opened, _first(judged), metric, given, shapes)
+    chosen, limit, notes = _gate(opened, _first(judged), metric, given, subject.graph)
     if target is None or target == opened.target.name:
         record = measure(subject, judged, chosen, limit, listener)
         record["golden"] = artifacts.golden(opened.path, subject.graph, opened.plan, opened.session)
@@ -400,12 +400,18 @@ def _reference(graph: Graph, work: Graph, rules: Ruleset) -> Graph:
     return reference
 
 
+def _metric(metric: str | Metric | None, labels: Any, graph: Graph) -> Metric:
+    """As `metrics.get`, for the outputs of a network."""
+    shapes, names = [spec.shape for spec in graph.outputs], [spec.name for spec in graph.outputs]
+    return metrics.get(metric, labels is not None, labels, shapes, names)
+
+
 def _gate(
     opened: Artifact,
     first: Batch,
     metric: str | Metric | None,
     given: bool,
-    shapes: list[tuple[int | str, ...]],
+    graph: Graph,
 ) -> tuple[Metric, float | None, list[str]]:
     """(metric, limit, notes) to verify with: the artifact's own, unless another was asked for or it can't be."""
     own, limit = str(opened.manifest.get("metric")), opened.manifest.get("max_drop")
@@ -413,7 +419,7 @@ def _gate(
     if metric is None and given and own.partition(":")[0] in metrics.known():
         with contextlib.suppress(DataError):  # it needs labels and there are none
             metric = metrics.get(own, labels is not None, labels)
-    chosen = metrics.get(metric, labels is not None, labels, shapes)
+    chosen = _metric(metric, labels, graph)
     if not given or limit is None:
         return chosen, None, []
     if chosen.name != own:

@@ -29,9 +29,9 @@ from safetensors.torch import save
 from torch import Tensor, fx
 
 from . import records, registry, store
-from .data import Batch, Source
+from .data import Batch, Source, read_arrays
 from .data.batch import check_inputs, to_flat
-from .errors import ArtifactError, GraphError, first_line
+from .errors import ArtifactError, DataError, GraphError, first_line
 from .graph import Graph
 from .graph.archive import load_pt2, save_pt2
 from .graph.graph import InputSpec
@@ -289,16 +289,38 @@ def write_sample(folder: Path, graph: Graph, inputs: tuple[Tensor, ...], session
 
 
 def read_sample(folder: Path, graph: Graph, plan: Plan) -> tuple[Tensor, ...]:
-    """The golden inputs as the network takes them, in its order: integers that stand for floats are dequantized."""
-    found = []
-    with np.load(folder / SAMPLE, allow_pickle=False) as arrays:
-        for spec in graph.inputs:
-            value = torch.from_numpy(arrays[f"input.{spec.name}"])
-            stored = stored_as(plan, spec.name)
-            if stored is not None and spec.dtype.is_floating_point and not value.is_floating_point():
-                value = (value.to(torch.int32) - stored["zero_point"]).float() * stored["scale"]
-            found.append(value)
-    return tuple(found)
+    """The golden inputs as the network takes them, in its order: integers that stand for floats are dequantized.
+
+    Raises ArtifactError for a sample that is missing, damaged, hostile, or of another network.
+    """
+    arrays, found = _sample(folder), []
+    for spec in graph.inputs:
+        value = _of_sample(arrays, f"input.{spec.name}")
+        stored = stored_as(plan, spec.name)
+        if stored is not None and spec.dtype.is_floating_point and not value.is_floating_point():
+            value = (value.to(torch.int32) - stored["zero_point"]).float() * stored["scale"]
+        found.append(value)
+    try:
+        return tuple(check_inputs(found, graph.inputs))
+    except DataError as error:
+        raise ArtifactError(
+            f"{SAMPLE} is not this network's ({error}): compress the network again"
+        ) from error
+
+
+def _sample(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    try:
+        return read_arrays(folder / SAMPLE)
+    except DataError as error:
+        raise ArtifactError(
+            f"the golden sample can't be read ({error}): compress the network again"
+        ) from error
+
+
+def _of_sample(arrays: Mapping[str, np.ndarray[Any, Any]], name: str) -> Tensor:
+    if name not in arrays:
+        raise ArtifactError(f"{SAMPLE} has no {name!r}: compress the network again")
+    return torch.from_numpy(arrays[name])
 
 
 def stored_as(plan: Plan, producer: str) -> dict[str, Any] | None:
@@ -325,8 +347,8 @@ def golden(folder: Path, graph: Graph, plan: Plan, session: Session) -> dict[str
 
     Both are null, with the reason, where an output has another shape or isn't finite.
     """
-    with np.load(folder / SAMPLE, allow_pickle=False) as arrays:
-        wanted = [torch.from_numpy(arrays[f"output.{spec.name}"]) for spec in graph.outputs]
+    arrays = _sample(folder)
+    wanted = [_of_sample(arrays, f"output.{spec.name}") for spec in graph.outputs]
     inputs = read_sample(folder, graph, plan)
     _, found = session.as_stored(inputs)
     record: dict[str, Any] = {"samples": len(inputs[0]) if inputs and inputs[0].dim() else 1}

@@ -307,11 +307,14 @@ def _stated_files(folder: Path) -> dict[str, str]:
     """What `manifest.json` says: name → SHA-256. The names are compared, never opened."""
     if not (folder / MANIFEST).is_file() or (folder / MANIFEST).is_symlink():
         raise ArtifactError(
-            f"{folder.name!r} is no artifact: it has no {MANIFEST}; give a folder that bitport compress wrote"
+            f"{folder.name or str(folder)!r} is no artifact: it has no {MANIFEST}; "
+            "give a folder that bitport compress wrote"
         )
     files = records.load(folder / MANIFEST).get("files")
     if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
-        raise ArtifactError(f"{folder.name!r} is no artifact: its {MANIFEST} lists no files")
+        raise ArtifactError(
+            f"{folder.name or str(folder)!r} is no artifact: its {MANIFEST} lists no files; compress the network again"
+        )
     return files
 
 

@@ -260,7 +260,7 @@ def _call(spec: str) -> tuple[Any, Any]:
         made = value()
     except BitportError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise LoadError(
             f"{spec!r} could not be called ({type(error).__name__}: {error}): it must name a function that "
             f"can be imported from the current folder and takes no arguments; {DEBUG}=1 shows the traceback"

@@ -83,9 +83,9 @@ class _Archive:
 
     def read(self) -> dict[str, np.ndarray[Any, Any]]:
         with self._opened() as archive, ExitStack() as stack:
-            shapes = self._headers(archive)
+            shapes = self._headers(archive, whole=True)
             return {
-                name: self._read(self._reader(archive, name, stack), name, shape[0])
+                name: self._read(self._reader(archive, name, stack, whole=True), name, shape)
                 for name, shape in shapes.items()
             }
 
@@ -97,7 +97,7 @@ class _Archive:
                 f"{self._path.name!r} can't be read as an .npz archive ({error}): write it again"
             ) from error
 
-    def _headers(self, archive: zipfile.ZipFile) -> dict[str, tuple[int, ...]]:
+    def _headers(self, archive: zipfile.ZipFile, *, whole: bool = False) -> dict[str, tuple[int, ...]]:
         """Shape per array, after the whole archive was held against the limits."""
         members = archive.infolist()
         keys = [member.filename.removesuffix(".npy") for member in members]
@@ -112,7 +112,7 @@ class _Archive:
         shapes = {}
         for key, member in zip(keys, members, strict=True):
             with ExitStack() as stack:
-                stream, shape, dtype = self._reader(archive, key, stack)
+                stream, shape, dtype = self._reader(archive, key, stack, whole=whole)
                 # Python integers: a product of hostile dimensions must not wrap.
                 if math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
                     raise self._refused(
@@ -122,9 +122,9 @@ class _Archive:
         return shapes
 
     def _reader(
-        self, archive: zipfile.ZipFile, key: str, stack: ExitStack
+        self, archive: zipfile.ZipFile, key: str, stack: ExitStack, *, whole: bool = False
     ) -> tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]:
-        """The stream of one array, standing behind its header."""
+        """The stream of one array, standing behind its header; one that isn't read `whole` is cut along axis 0."""
         try:
             stream = stack.enter_context(archive.open(f"{key}.npy"))
             version = npy.read_magic(stream)
@@ -149,24 +149,24 @@ class _Archive:
             raise self._refused(
                 f"array {key!r} has dtype {dtype}; only plain numbers are read, never pickled objects"
             )
-        if not shape or min(shape) < 0 or (by_column and len(shape) > 1):
+        if not (shape or whole) or min(shape, default=0) < 0 or (by_column and len(shape) > 1):
             raise self._refused(
                 f"array {key!r} must have a sample axis and be in C order: np.ascontiguousarray it"
             )
         return stream, shape, dtype
 
     def _read(
-        self, reader: tuple[IO[bytes], tuple[int, ...], np.dtype[Any]], key: str, rows: int
+        self, reader: tuple[IO[bytes], tuple[int, ...], np.dtype[Any]], key: str, shape: tuple[int, ...]
     ) -> np.ndarray[Any, Any]:
-        stream, shape, dtype = reader
-        wanted = rows * math.prod(shape[1:]) * dtype.itemsize
+        stream, _, dtype = reader
+        wanted = math.prod(shape) * dtype.itemsize
         try:
             data = stream.read(wanted)
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise self._refused(f"array {key!r} is damaged ({error})") from error
         if len(data) != wanted:
             raise self._refused(f"array {key!r} ends early")
-        return np.frombuffer(bytearray(data), dtype).reshape(rows, *shape[1:])
+        return np.frombuffer(bytearray(data), dtype).reshape(shape)
 
     def _refused(self, why: str) -> DataError:
         return DataError(f"{self._path.name!r} is refused: {why[:1000]}")
@@ -198,7 +198,9 @@ class NpzFile(_Archive):
             readers = {name: self._reader(archive, name, stack) for name in columns}
             for start in range(0, self._count, self._batch_size):
                 rows = min(self._batch_size, self._count - start)
-                arrays = {name: self._read(reader, name, rows) for name, reader in readers.items()}
+                arrays = {
+                    name: self._read(reader, name, (rows, *reader[1][1:])) for name, reader in readers.items()
+                }
                 labels = arrays.pop("y") if self._has_labels else None
                 yield Batch(arrays["x"] if self._inputs == ("x",) else arrays, labels)
 
@@ -228,7 +230,7 @@ def _from_callable(spec: str) -> Any:
         target: Any = import_module(module)
         for part in attribute.split("."):
             target = getattr(target, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(
             f"data {spec!r} can't be imported ({type(error).__name__}: {error}): check module and name"
         ) from error
@@ -240,7 +242,7 @@ def _from_callable(spec: str) -> Any:
         result = target()
     except BitportError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(
             f"data {spec!r} raised ({type(error).__name__}: {error}): mend the callable"
         ) from error

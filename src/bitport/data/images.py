@@ -111,7 +111,9 @@ class ImageFolder:
         if not self.classes:
             self._files = [(file, None) for file in _images(folder, suffixes)]
         if not self._files:
-            raise DataError(f"folder {folder.name!r} holds no images: expected <class>/<image> below it")
+            raise DataError(
+                f"folder {folder.name or str(folder)!r} holds no images: expected <class>/<image> below it"
+            )
 
     def __len__(self) -> int:
         """Number of batches; the last one may be short."""

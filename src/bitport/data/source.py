@@ -131,7 +131,7 @@ class Source:
                 iterator = patience.wait(0, lambda: iter(self._open()))
             except BitportError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise DataError(f"the {self.role} data can't be opened ({_told(error)})") from error
             for index in itertools.count():
                 try:
@@ -140,7 +140,7 @@ class Source:
                     return
                 except BitportError:
                     raise
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     raise DataError(
                         f"the {self.role} data raised at batch {index} ({_told(error)}): mend the loader",
                         batch=index,
@@ -208,7 +208,7 @@ def _called(function: Callable[[], Any], role: str) -> Iterable[Any]:
     return result
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

@@ -147,6 +147,8 @@ class _Capture:
     def _batch(self) -> None:
         flat, tree = pytree.tree_flatten((self.args, self.kwargs))
         size = flat[0].shape[0] if flat and flat[0].dim() else None
+        if size == 0:
+            raise LoadError("the example inputs hold no sample: give a batch of one at least")
         if size is None:
             self.program = self._export(self.args, self.kwargs, None)
             return

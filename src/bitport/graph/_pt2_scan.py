@@ -177,7 +177,7 @@ def scanned(path: str | Path) -> io.BytesIO:
     """
     path = Path(path)
     if not path.is_file():
-        raise LoadError(f"{path.name}: no such file")
+        raise LoadError(f"{path.name}: no such file; check the path, or the artifact that it belongs to")
     try:
         with zipfile.ZipFile(path) as archive:
             _check_names(archive.infolist(), path.name)

@@ -50,6 +50,7 @@ def get(
     has_labels: bool,
     labels: Any = None,
     shapes: Sequence[Sequence[int | str]] = (),
+    outputs: Sequence[str] = (),
 ) -> Metric:
     """The metric that was asked for, ready for the data at hand.
 
@@ -57,8 +58,9 @@ def get(
         labels, `mse` for others, and without labels the agreement with the float network, or `mse` from it where
         no output has classes. `labels` (those of one batch) tells integers from others; without it they are taken
         for integers.
-    shapes: of the network's outputs, if they are known.
-    Raises UnknownName; DataError when the metric needs labels and there are none.
+    shapes, outputs: shapes and names of the network's outputs, if they are known.
+    Raises UnknownName, also for an output that the network doesn't have; DataError when the metric needs labels and
+    there are none.
     """
     if metric is None:
         if has_labels:
@@ -73,6 +75,8 @@ def get(
         if not has_labels and name in _ERRORS:
             metric = replace(metric, against="float")
         if colon:
+            if outputs and output not in outputs:
+                raise UnknownName("output", output, outputs)
             metric = of_output(metric, output)
     if not has_labels and metric.needs_labels:
         raise DataError(

@@ -141,7 +141,8 @@ def _predicted(outputs: Outputs) -> tuple[_Array, _Array, _Array]:
         bad = np.isnan(values).reshape(len(values), -1).any(1)
         if bad.any():
             raise MetricError(
-                f"the {name} of sample {int(bad.argmax())} are NaN ({int(bad.sum())} samples in all)"
+                f"the {name} of sample {int(bad.argmax())} are NaN ({int(bad.sum())} samples in all): "
+                "check the data, and the network in float"
             )
     if (classes[scores > 0] < 0).any():
         raise MetricError("a box with a score above 0 has a class below 0")

@@ -146,7 +146,9 @@ class Metric:
         except BitportError as error:
             raise MetricError(f"metric {self.name!r}: {error}") from error
         except Exception as error:
-            raise MetricError(f"metric {self.name!r} raised {type(error).__name__}: {error}") from error
+            raise MetricError(
+                f"metric {self.name!r} raised {type(error).__name__}: {error}; mend it, or the labels that it is given"
+            ) from error
 
 
 def of_output(metric: Metric, output: str) -> Metric:

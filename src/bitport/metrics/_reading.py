@@ -104,7 +104,8 @@ def paired(outputs: Outputs, reference: Any) -> list[tuple[str, Tensor, Tensor]]
         column = other.dim() == mine.dim() - 1 and mine.shape[-1] == 1 and len(other) == len(mine)
         if mine.dim() == 0 or mine.shape != (*other.shape, *[1] * column):
             raise MetricError(
-                f"output {name!r} has shape {list(mine.shape)}, what it is compared with {list(other.shape)}"
+                f"output {name!r} has shape {list(mine.shape)}, what it is compared with {list(other.shape)}: "
+                "give labels of the output's shape, or another metric"
             )
         refuse_nan(mine)
         refuse_nan(other, "labels")
@@ -140,7 +141,8 @@ def refuse_nan(values: Tensor, what: str = "outputs") -> None:
     bad = torch.isnan(values).reshape(len(values), -1).any(1)
     if bool(bad.any()):
         raise MetricError(
-            f"the {what} of sample {int(torch.nonzero(bad)[0])} are NaN ({int(bad.sum())} samples in all)"
+            f"the {what} of sample {int(torch.nonzero(bad)[0])} are NaN ({int(bad.sum())} samples in all): "
+            "check the data, and the network in float"
         )
 
 

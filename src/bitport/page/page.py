@@ -43,7 +43,9 @@ def render(folder: Path) -> Path:
     """
     folder = Path(folder)
     if not (folder / "measurements.json").is_file():
-        raise ArtifactError(f"{folder} has no measurements.json: run bitport verify {folder} first")
+        raise ArtifactError(
+            "measurements.json is missing, which the report is drawn from: compress the network again"
+        )
     page = to_html(
         records.load(folder / "measurements.json"),
         plan=_optional(folder / "plan.json"),
@@ -141,7 +143,7 @@ def _text(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} can't be read ({error}): run compress again") from error
+        raise ArtifactError(f"{path.name} can't be read ({error}): compress the network again") from error
 
 
 def _write(path: Path, page: str) -> Path:
