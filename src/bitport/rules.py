@@ -85,6 +85,7 @@ class Holds:
         granularities: what may share a scale.
         groups: sizes of groups; empty: any.
         symmetric: integers have a fixed zero point.
+        exact: texts of formats; where given, these and no others.
     """
 
     kinds: tuple[str, ...] = ("int",)
@@ -94,9 +95,12 @@ class Holds:
     granularities: tuple[str, ...] = ("global", "tensor", "channel")
     groups: tuple[int, ...] = ()
     symmetric: bool = False
+    exact: tuple[str, ...] = ()
 
     def objection(self, fmt: Format) -> str | None:
         """Why `fmt` isn't held, or None."""
+        if self.exact and str(fmt) not in self.exact:
+            return f"{fmt} is not {' or '.join(self.exact)}"
         if fmt.kind not in self.kinds:
             return f"{fmt} is no {' or '.join(self.kinds)} format"
         if fmt.is_int and not self.low <= fmt.low < fmt.high <= self.high:
@@ -112,6 +116,8 @@ class Holds:
         return None
 
     def __str__(self) -> str:
+        if self.exact:
+            return ", ".join(self.exact)
         integers = f"integers within {self.low} … {self.high}{' (symmetric)' if self.symmetric else ''}"
         kinds = [integers if kind == "int" else kind for kind in self.kinds]
         widths = f" of {', '.join(map(str, self.bits))} bits" if self.bits else ""

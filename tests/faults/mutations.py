@@ -394,21 +394,6 @@ MUTATIONS = (
         "tests/targets/onnxruntime/test_external_data.py::"
         "test_every_stage_finds_weights_that_lie_beside_the_file",
     ),
-    # ------------------------------------------------------------------------------------- memory
-    Mutation(
-        "memory is asked for before any work",
-        "api.py",
-        "        preflight.ask(graph, first.inputs)\n",
-        "",
-        "tests/faults/test_operations.py::test_too_little_memory_is_one_line_and_the_artifact_stays",
-    ),
-    Mutation(
-        "the limit of the control group counts",
-        "proof/preflight.py",
-        '    found += [(left, "the control group\'s limit") for left in _groups(proc, groups)]\n',
-        "",
-        "tests/proof/test_preflight.py::test_what_is_left_is_the_least_of_machine_group_and_limit",
-    ),
     # ------------------------------------------------------------------------------------- folders, runs
     Mutation(
         "files are held against the manifest",

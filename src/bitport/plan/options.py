@@ -173,13 +173,14 @@ def _check(
     graph: Graph, ruleset: Ruleset, node: torch.fx.Node, weights: TensorOptions, activations: TensorOptions
 ) -> None:
     fmt = activations.for_activations()
-    if not activations.is_float and str(fmt).split()[0] not in ruleset.stored:
+    stored = () if activations.dynamic else ruleset.stored
+    if not activations.is_float and str(fmt).split()[0] not in stored:
         held = ruleset.dynamic if activations.dynamic and ruleset.dynamic else ruleset.activations
         objection = held.objection(fmt)
         if objection is not None:
             raise TargetError(
                 f"{ruleset.name} has no integer kernels for {activations.format} activations ({objection}); it holds "
-                f"{_listed([str(held), *ruleset.stored])} (or float32)"
+                f"{_listed([str(held), *stored])} (or float32)"
             )
     if weights.is_float or graph.op(node).kind not in WITH_WEIGHTS:
         return

@@ -166,6 +166,7 @@ def ruleset(*, integer_io: bool = False, level: int = ROUNDS_ACTIVATIONS) -> Rul
             "weights": ANY_WEIGHT,
         },
         widths=(2, 4, 8, 16),
+        dynamic=Holds(exact=("int8",)),  # DynamicQuantizeLinear: all 256 codes, and a zero point of its own
         stored=("int16",),
         reasons=REASONS,
         fixed={"softmax": (0.0, 1.0)},
