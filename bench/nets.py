@@ -63,6 +63,32 @@ class Pooled(nn.Module):
         return y
 
 
+class Dense(nn.Module):
+    """One Linear: what an operator gains without a network around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1024, 1024)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y
+
+
+class Mlp(nn.Module):
+    """Three Linear layers of 1024: parameters, and little else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return y
+
+
 def seeded(make: type[nn.Module]) -> nn.Module:
     """A network with fixed weights, in eval mode; the caller's random state is kept."""
     with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,18 +22,12 @@ from bitport.graph import Graph
 from bitport.plan import Plan
 from bitport.proof.cost import peak_memory
 from bitport.steps import _base as steps
-from bitport.targets._base import host
 
-from .nets import ConvNet, Pooled, WideNet, seeded
+from . import formats
+from .nets import ConvNet, Mlp, Pooled, WideNet, seeded
+from .table import Row, table
 
 BATCHES, BATCH = 4, 8
-
-
-@dataclass(frozen=True)
-class Row:
-    what: str
-    value: str
-    wanted: str
 
 
 def speed(make: type[nn.Module], size: int = 64) -> Row:
@@ -89,6 +82,15 @@ def calibration() -> list[Row]:
     ]
 
 
+def quantization() -> Row:
+    """Peak memory of the step `quantize` beside the network, which is a copy already, in sizes of its largest layer."""
+    largest = max(p.numel() * p.element_size() for p in seeded(Mlp).parameters())
+    ratio = _memory("quantize") / largest
+    return Row(
+        "peak memory of quantizing a network beside it (Mlp, int8)", f"{ratio:.2f}× its largest layer", "≤ 2×"
+    )
+
+
 def _context(graph: Graph, data: list[torch.Tensor]) -> steps.Context:
     runtime = api.make_target("onnxruntime")
     source = Source(data, role="calibration", names=[spec.name for spec in graph.inputs], labels="ignored")
@@ -117,6 +119,9 @@ def _memory(kind: str) -> int:
 
 
 def _print_memory(kind: str) -> None:
+    if kind == "quantize":
+        _print_memory_of_quantize()
+        return
     data = [torch.randn(BATCH, 3, 64, 64) for _ in range(BATCHES)]
     graph = api.load(seeded(WideNet), data[0])
     context = _context(graph, data)
@@ -130,30 +135,31 @@ def _print_memory(kind: str) -> None:
     sys.stdout.write(f"{peak.bytes}\n")  # the answer to the parent process
 
 
-def table(rows: list[Row]) -> str:
-    info = host()
-    lines = [
-        "# Benchmarks",
-        "",
-        f"Made by `make bench`. {info['cpu']}, {', '.join(info['isa'])}; one thread for ONNX Runtime.",
-        "Ratios of one run, interleaved; intervals are 95 %.",
-        "",
-        "| what | measured | wanted |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {row.what} | {row.value} | {row.wanted} |" for row in rows]
-    return "\n".join(lines) + "\n"
+def _print_memory_of_quantize() -> None:
+    def made(model: nn.Module, width: int) -> tuple[Graph, Plan, steps.Context]:
+        data = [torch.randn(BATCH, width)]
+        graph = api.load(model, data[0])
+        context = _context(graph, data)
+        return *steps.make("fold", {})(graph, Plan.empty("onnxruntime"), context), context
+
+    quantize = steps.make("quantize", {})
+    quantize(*made(nn.Sequential(nn.Linear(8, 8)).eval(), 8))  # what only the first call loads
+    large = made(seeded(Mlp), 1024)
+    with peak_memory() as peak:
+        quantize(*large)
+    sys.stdout.write(f"{peak.bytes}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="also write the table to this file")
-    parser.add_argument("--memory", choices=("float", "calibrate"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=("float", "calibrate", "quantize"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         _print_memory(arguments.memory)
         return
     rows = [speed(ConvNet), speed(WideNet, 32), speed(Pooled), *calibration()]
+    rows += [*formats.speeds(), *formats.files(), *formats.weights(), quantization()]
     text = table(rows)
     sys.stdout.write(text)
     if arguments.write:

@@ -100,3 +100,14 @@ def test_further_gates(verdict: str, head: str) -> None:
 def test_hostile_names_stay_on_their_line() -> None:
     assert "\x1b" not in subject({"recipe": "a\x1b[31mb\nc", "target": "t"})
     assert "\n" not in judge(record(recipe={"name": "x\ny"}))["sentence"]
+
+
+def test_weights_alone_compute_in_floats() -> None:
+    stored = [{"format": "nf4 group(64,0)", "computes_in": "float32"}]
+    inside = {**BASE["integer"], "mac_share": 0.0}
+    found = judge(record(storage=stored, integer=inside))["sentence"]
+    assert found.endswith(
+        "its file is 0.26× the size, it computes in floats as before, and it runs 2.3× as fast on 1 thread."
+    )
+    assert "in floats" not in judge(record(storage=stored))["sentence"]
+    assert "in floats" not in judge(record(integer=inside))["sentence"]

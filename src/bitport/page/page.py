@@ -19,7 +19,19 @@ from ..proof.verdict import judge, metric_label, subject
 from .figures import drawn, figures
 from .network import picture
 from .ranges import ranges
-from .summary import Row, comparison, gates, islands, reason, section, spread, sqnr
+from .summary import (
+    Row,
+    bits_per_weight,
+    comparison,
+    gates,
+    islands,
+    outputs_follow,
+    reason,
+    section,
+    spread,
+    sqnr,
+    storage,
+)
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MOST_ROWS = 500
@@ -100,6 +112,10 @@ def to_html(
         task=section(record, "task"),
         label=metric_label(section(record, "task").get("metric") or "accuracy"),
         parity=section(record, "parity"),
+        rounding=section(record, "plain"),
+        storage=storage(record),
+        follow=outputs_follow(section(record, "parity")),
+        again=_origin(record),
         integer=section(record, "integer"),
         islands=islands(record),
         latency=section(record, "latency"),
@@ -206,11 +222,8 @@ def _cards(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(figure, what it is, detail) for the five questions that people ask first."""
     task, latency = section(record, "task"), section(record, "latency")
     binary = bool(task.get("binary"))
-    parity = section(record, "parity")
     size = section(record, "size")
     drop = task.get("drop")
-    integer = section(record, "integer")
-    islands = len(integer.get("float_ops") or ())
     # the sign is the metric's own direction of worse, so that "−" always means lost
     lost = wording.ABSENT if drop is None else f"{'+' if drop < 0 else '−' if drop > 0 else ''}"
     return [
@@ -233,21 +246,30 @@ def _cards(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             if size.get("ratio") is None
             else wording.size(size.get("compressed_bytes")),
         ),
-        (
-            wording.percent(integer.get("mac_share")),
-            "of the MACs in integers",
-            f"{islands} operator{'' if islands == 1 else 's'} in float"
-            if integer.get("mac_share") is not None
-            else reason(record, "integer", "mac_share"),
-        ),
-        (
-            wording.percent(parity.get("exact_share")),
-            "equal to the simulation",
-            f"furthest: {_steps(parity['max_steps'])}"
-            if parity.get("max_steps") is not None
-            else reason(record, "parity", "exact_share"),
-        ),
+        _integer_card(record),
+        _parity_card(record),
     ]
+
+
+def _integer_card(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    integer, bits = section(record, "integer"), bits_per_weight(record)
+    share, floats = integer.get("mac_share"), len(integer.get("float_ops") or ())
+    if share is None:
+        return wording.ABSENT, "of the MACs in integers", reason(record, "integer", "mac_share")
+    if share == 0 and bits is not None:
+        return f"{bits:.2f}", "bits a weight", "computed in floats as before"
+    operators = f"{floats} operator{'' if floats == 1 else 's'} in float"
+    return wording.percent(share), "of the MACs in integers", operators
+
+
+def _parity_card(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    parity = section(record, "parity")
+    why = reason(record, "parity", "exact_share")
+    if parity.get("exact_share") is None and (follow := outputs_follow(parity)) is not None:
+        return follow, "outputs against the simulation", why
+    steps = parity.get("max_steps")
+    detail = why if steps is None else f"furthest: {_steps(steps)}"
+    return wording.percent(parity.get("exact_share")), "equal to the simulation", detail
 
 
 def _steps(number: int) -> str:
@@ -272,6 +294,18 @@ def _formats(plan: Mapping[str, Any] | None) -> list[tuple[str, str, int]]:
         key = (_SOURCES.get(tie.get("source"), str(tie.get("source"))), str(tie.get("format")))
         counts[key] = counts.get(key, 0) + 1
     return [(what, fmt, n) for (what, fmt), n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def _origin(record: Mapping[str, Any]) -> str:
+    """What an artifact that was re-quantized comes from, and what that one had lost already."""
+    origin = section(record, "origin")
+    if not origin:
+        return ""
+    drop, metric = origin.get("drop"), wording.plain(origin.get("metric"))
+    lost = "" if drop is None else f"; its own loss of {metric_label(metric)}: {wording.loss(drop, False)}"
+    formats = ", ".join(wording.plain(name) for name in origin.get("formats") or ())
+    source = f"{wording.plain(origin.get('recipe'))} on {wording.plain(origin.get('target'))} ({formats})"
+    return f"Made from the artifact {source}{lost}. Float here means that artifact as floats: losses come on top."
 
 
 def _provenance(record: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -85,7 +85,8 @@ def _tensor(index: int, row: Mapping[str, Any]) -> Tensor:
     unit = " steps" if row.get("unit") == "steps" else ""
     span = f"{_number(row['range'][0])} to {_number(row['range'][1])}{unit}"
     clipped = wording.percent(share, 2) if share else "none"
-    scale = "a scale per channel" if row.get("granularity") == "channel" else "one scale"
+    shared = row.get("granularity")
+    scale = f"a scale per {shared}" if shared in ("channel", "group") else "one scale"
     format = wording.plain(row.get("format"), 40)
     lost = f"{clipped} of" if share else "none of"
     text = f"{format}, {scale}; range {span}; {lost} {wording.count(row.get('of'))} values clipped"
@@ -104,7 +105,7 @@ def _data(row: Mapping[str, Any], text: str) -> dict[str, Any]:
         "counts": list(row["counts"]),
         "range": [low, high],
         "inside": [inside[0], inside[-1]] if inside else [0, -1],
-        "axis": "steps of the channel's scale" if row.get("unit") == "steps" else "value",
+        "axis": "steps of its own scale" if row.get("unit") == "steps" else "value",
         "text": text,
     }
 

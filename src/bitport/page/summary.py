@@ -43,6 +43,7 @@ def comparison(record: Record) -> list[Row]:
     return [
         *_task(record),
         *_size(record),
+        *_weights(record),
         *_latency(record),
         *_memory(record),
         *_integer(record),
@@ -81,6 +82,35 @@ def _size(record: Record) -> list[Row]:
             f"{wording.times(size['ratio'])} the size",
         )
     ]
+
+
+def storage(record: Record) -> list[Mapping[str, Any]]:
+    """How weights are stored, a row for each format and what it is multiplied as; older records have none."""
+    return list(record.get("storage") or ())
+
+
+def bits_per_weight(record: Record) -> float | None:
+    """Bits that a narrow weight takes on average, scales and zero points counted."""
+    rows = storage(record)
+    values = sum(row["values"] for row in rows)
+    return 8 * sum(row["bytes"] for row in rows) / values if values else None
+
+
+def _weights(record: Record) -> list[Row]:
+    rows, bits = storage(record), bits_per_weight(record)
+    if bits is None:
+        return []
+    values = sum(row["values"] for row in rows)
+    shares: dict[str, int] = {}
+    for row in rows:
+        shares[row["computes_in"]] = shares.get(row["computes_in"], 0) + row["values"]
+    named = [
+        name + (f" ({wording.percent(number / values, 0)})" if len(shares) > 1 else "")
+        for name, number in sorted(shares.items(), key=lambda item: -item[1])
+    ]
+    before, after = wording.size(4 * values), wording.size(sum(row["bytes"] for row in rows))
+    text = f"{bits:.2f} bits a value; computed in {' and '.join(named)}"
+    return [Row("weights", before, "", after, text)]
 
 
 def _latency(record: Record) -> list[Row]:
@@ -123,7 +153,8 @@ def _integer(record: Record) -> list[Row]:
 def _parity(record: Record) -> list[Row]:
     parity = section(record, "parity")
     if parity.get("exact_share") is None:
-        return [Row("runtime = simulation", change=reason(record, "parity", "exact_share"))]
+        why = reason(record, "parity", "exact_share")
+        return [Row("runtime = simulation", "", "", outputs_follow(parity) or "", why)]
     steps = parity.get("max_steps")
     return [
         Row(
@@ -135,6 +166,13 @@ def _parity(record: Record) -> list[Row]:
             f"furthest: {steps} step{'' if steps == 1 else 's'}",
         )
     ]
+
+
+def outputs_follow(parity: Mapping[str, Any]) -> str | None:
+    """How near the runtime's float outputs are to the simulated ones, where no integers can be compared."""
+    if "outputs_db" not in parity:
+        return None
+    return "equal" if parity["outputs_db"] is None else wording.decibel(parity["outputs_db"])
 
 
 def gates(record: Record, verdict: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

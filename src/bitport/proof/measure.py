@@ -120,6 +120,8 @@ def measure(
     record["network"] = network_record(graph, plan, inspection)
     if plan.quantized:
         record["distributions"] = distributions(subject.reference, plan, evaluation, progress)
+        if not record["distributions"]:
+            _absent(record, "distributions", "nothing is stored as integers")
     else:
         _absent(record, "distributions", "nothing is quantized")
     if target.executes_integers:

@@ -53,7 +53,7 @@ def sentence(record: Record, gates: Sequence[Mapping[str, Any]]) -> str:
         head = "rejected: "
     elif open_ or accuracy == "undecided":
         head = "undecided: "
-    costs = ", and ".join(part for part in (_size(record), _speed(record)) if part)
+    costs = _listed([part for part in (_size(record), _arithmetic(record), _speed(record)) if part])
     parts = [_accuracy(record), costs]
     if failed:
         parts.append(f"missed: {', '.join(failed)}")
@@ -106,6 +106,18 @@ def _accuracy(record: Record) -> str:
 def _size(record: Record) -> str:
     ratio = _section(record, "size").get("ratio")
     return f"its file is {wording.times(ratio)} the size" if ratio is not None else ""
+
+
+def _arithmetic(record: Record) -> str:
+    """Said of networks whose weights are stored narrow and multiplied as floats: fewer bits alone gain no speed."""
+    integer = _section(record, "integer")
+    return (
+        "it computes in floats as before" if record.get("storage") and integer.get("mac_share") == 0 else ""
+    )
+
+
+def _listed(parts: list[str]) -> str:
+    return ", and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
 def _speed(record: Record) -> str:
