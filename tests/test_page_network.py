@@ -178,3 +178,22 @@ def test_edges_that_lead_nowhere_are_left_out() -> None:
     nodes = [fixtures._node(f"n{i}", "add", "compute", "int8", "K") for i in range(3)]
     made = picture({"nodes": nodes, "edges": [[0, 1], [1, 9], [2, 1], [-1, 2], [1, 1]]})
     assert made is not None and made.drawing.count("<path") == 1
+
+
+def test_narrow_weights_have_a_colour_and_words_of_their_own() -> None:
+    def node(name: str, **facts: object) -> dict[str, object]:
+        return {"name": name, "op": "linear", "role": "compute", "module": "", "into": None, **facts}
+
+    nodes = [
+        node("a", precision="float", weights="int4", kernel="MatMul", reason="its weights alone are narrow"),
+        node("b", precision="int8", weights="int4", kernel="MatMulNBits"),
+        node("c", precision="int8", weights="int8", kernel="MatMulInteger"),
+        node("d", precision="float", weights=None),
+    ]
+    made = picture({"nodes": nodes, "edges": [[0, 1], [1, 2], [2, 3]]})
+    assert made is not None
+    assert ("stored", "narrow weights, computed in float", 1) in made.legend
+    assert {(name, count) for name, _, count in made.legend} == {("stored", 1), ("int", 2), ("float", 1)}
+    for words in ("linear · float × int4", "linear · int8 × int4", "linear · int8<", "linear · float<"):
+        assert words in made.drawing
+    assert "a: linear, computed in float × int4 by MatMul: its weights alone are narrow" in made.drawing

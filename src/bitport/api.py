@@ -202,6 +202,7 @@ def compress(
             *doubts.of_data(calibration, judged, evaluation is not None),
             *(note for data in given for note in doubts.of_scale(data, graph.examples, "the example inputs")),
             *doubts.of_task(record["task"], graph),
+            *doubts.of_limit(max_drop, chosen),
             *record["notes"],
         ]
         record["tried"] = context.tried

@@ -287,6 +287,12 @@ def test_a_float_network_that_guesses_is_told(tmp_path: Path) -> None:
     assert [note for note in notes if "guessing" in note] == []
 
 
+def test_a_limit_above_all_that_can_be_lost_is_told(tmp_path: Path) -> None:
+    (note,) = told(small.compressed(tmp_path / "out", max_drop=2), "max_drop = 2 allows any loss")
+    assert "top1 is a share from 0 to 1, and one point of it is 0.01" in note
+    assert told(small.compressed(tmp_path / "out", max_drop=1), "allows any loss") == []
+
+
 def told(artifact: bitport.Artifact, words: str) -> list[str]:
     return [note for note in artifact.measurements["notes"] if words in note]
 

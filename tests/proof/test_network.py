@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from tests.flow import Net, Prepared, conv, images, prepare
 from torch import Tensor, nn
@@ -98,3 +99,24 @@ def test_masks_are_neither_integers_nor_float() -> None:
     rows, _ = drawn(prepare(net, [torch.randn(8, 4)]))
     (mask,) = (row for row in rows.values() if row["role"] == "index")
     assert mask["precision"] == "bool"
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "precision", "said"),
+    [
+        ("int4", {"format": "float32"}, "float", "its weights alone are stored narrow"),
+        ("int8", {"dynamic": True}, "int8", "it rounds what it reads to 8 bits while it runs"),
+        ("int4", {}, "int8", None),
+        ("nf4", {"format": "float32"}, "float", "its weights alone are stored narrow"),
+    ],
+)
+def test_what_weights_are_stored_in_stands_beside_what_is_computed(
+    weights: str, activations: dict[str, Any], precision: str, said: str | None
+) -> None:
+    net = Net(lambda m, x: m.b(torch.relu(m.a(x))), a=nn.Linear(6, 5), b=nn.Linear(5, 4))
+    prepared = prepare(net, [torch.randn(8, 6)], weights={"format": weights}, activations=activations)
+    kernel = prepared.plan.node("a").kernel
+    integer = frozenset() if precision == "float" else frozenset({str(kernel)})
+    rows = network_record(prepared.work, prepared.plan, Inspection({}, {}, {}, integer))["nodes"]
+    row = next(row for row in rows if row["name"] == "a")
+    assert (row["precision"], row["weights"], row["reason"]) == (precision, weights, said)

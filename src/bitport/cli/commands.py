@@ -89,7 +89,12 @@ def inspect(model: str, target: str | None, nonfinite: str, as_json: bool) -> No
 @click.option(
     "--metric", metavar="M", help="Metric (see 'bitport list metrics'); top1:NAME for one output of several."
 )
-@click.option("--max-drop", type=float, metavar="X", help="Largest loss allowed, in the metric's unit.")
+@click.option(
+    "--max-drop",
+    type=float,
+    metavar="X",
+    help="Largest loss allowed, in the metric's unit (top1: 0.01 is a point).",
+)
 @click.option("--effort", metavar="E", help="fast, balanced or best.")
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Artifact folder.")
 @_nonfinite

@@ -163,9 +163,17 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Figure | None:
     return {
         "data": [simulated, runtime, steps] if measured else [runtime],
         "layout": {
-            "height": 460,
-            "xaxis": {"title": {"text": "operator, in network order"}, "anchor": "y2", "tickformat": "d"},
-            "yaxis": {"title": {"text": "SQNR (dB)"}, "domain": [0.34, 1], "rangemode": "tozero"},
+            "height": 460 if measured else 320,
+            "xaxis": {
+                "title": {"text": "operator, in network order"},
+                "anchor": "y2" if measured else "y",
+                "tickformat": "d",
+            },
+            "yaxis": {
+                "title": {"text": "SQNR (dB)"},
+                "domain": [0.34 if measured else 0, 1],
+                "rangemode": "tozero",
+            },
             "yaxis2": {
                 "title": {"text": "steps"},
                 "domain": [0, 0.2],

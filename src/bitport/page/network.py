@@ -26,10 +26,11 @@ _BYTES = 300_000  # of drawings of single modules; plotly leaves little more of 
 _WIDTH, _HEIGHT, _GAP, _PITCH, _MARGIN = 148, 40, 16, 70, 14
 _LETTERS = 19
 
-Shade = Literal["int", "wide", "float", "other", "io"]
+Shade = Literal["int", "wide", "stored", "float", "other", "io"]
 _SHADES: Mapping[Shade, str] = {
     "int": "integers of at most 8 bits",
     "wide": "wider integers",
+    "stored": "narrow weights, computed in float",
     "float": "float",
     "other": "indices and masks",
     "io": "inputs and outputs",
@@ -99,7 +100,7 @@ def shade(node: Mapping[str, Any]) -> Shade:
     if node.get("role") == "index":
         return "other"
     if precision == "float":
-        return "float"
+        return "stored" if node.get("weights") else "float"
     bits = "".join(c for c in precision.partition("[")[0] if c.isdigit())
     return "wide" if bits and int(bits) > 8 else "int"
 
@@ -332,7 +333,13 @@ def _what(box: Box) -> str:
     if node.get("role") in ("input", "output"):
         return f"{node.get('op')}"
     fused = [str(n.get("op")).removeprefix("other:") for n in box.nodes if n.get("role") == "fused"]
-    return f"{' + '.join([str(node.get('op')).removeprefix('other:'), *fused])} · {node.get('precision')}"
+    return f"{' + '.join([str(node.get('op')).removeprefix('other:'), *fused])} · {_operands(node)}"
+
+
+def _operands(node: Mapping[str, Any]) -> str:
+    """`int8 × int4`: what an operator reads, times its weights where they have another format."""
+    precision, weights = str(node.get("precision")), node.get("weights")
+    return precision if weights in (None, precision) else f"{precision} × {weights}"
 
 
 def _words(box: Box) -> str:
@@ -351,7 +358,7 @@ def _fact(node: Mapping[str, Any]) -> str:
         wording.plain(node.get("name"), 120),
         wording.plain(str(node.get("op")).removeprefix("other:"), 40),
     )
-    role, precision = node.get("role"), wording.plain(node.get("precision"), 40)
+    role, precision = node.get("role"), wording.plain(_operands(node), 40)
     if role in ("input", "output"):
         return f"{name}: {op}, {precision}"
     if role == "fused":

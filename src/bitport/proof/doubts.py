@@ -12,6 +12,7 @@ from typing import Any
 from .. import wording
 from ..data import Source
 from ..graph import Graph
+from ..metrics import Metric
 
 FEW_SAMPLES = 16  # fewer distinct ones hardly show a network's ranges
 ENOUGH_TO_TELL = 20  # samples, before accuracy is compared with guessing
@@ -52,6 +53,15 @@ def of_task(task: Mapping[str, Any], graph: Graph) -> list[str]:
     return [
         f"the float network itself is right on {wording.percent(found)} of {samples} samples, no better than "
         f"guessing among {classes} classes: check the preprocessing, the labels, and the order of the classes"
+    ]
+
+
+def of_limit(max_drop: float | None, metric: Metric) -> list[str]:
+    """A limit above everything that a share can lose was probably meant in points."""
+    if max_drop is None or max_drop <= 1 or not metric.binary:
+        return []
+    return [
+        f"max_drop = {max_drop:g} allows any loss: {metric.name} is a share from 0 to 1, and one point of it is 0.01"
     ]
 
 

@@ -47,8 +47,7 @@ def integer_record(
         name, kind = graph.name(node), graph.op(node).kind
         todo = plan.node(name)
         if todo.kernel is not None and name not in inspection.missed:
-            stored = [stored.format for stored in _weights(plan, name)]
-            if all(fmt.is_int for fmt in stored) and (todo.mode is None or todo.kernel in inspection.integer):
+            if multiplies_integers(plan, name, inspection):
                 inside += macs.get(name, 0)
                 continue
             islands.append(_stored_only(graph, plan, name, kind, macs))
@@ -72,16 +71,28 @@ def integer_record(
     }
 
 
-def _weights(plan: Plan, name: str) -> list[TensorPlan]:
+def stored_weights(plan: Plan, name: str) -> list[TensorPlan]:
     """How the weights that an operator reads are stored."""
     ties = (plan.ties[tie] for edge, tie in plan.edges.items() if edge.consumer == name)
     return [tie for tie in ties if tie.source == "weight"]
 
 
+def formats_of_weights(plan: Plan, name: str) -> str:
+    """`int4`: the formats of an operator's stored weights, without their options; empty: there are none."""
+    formats = {str(stored.format).partition(" ")[0] for stored in stored_weights(plan, name)}
+    return " and ".join(sorted(formats))
+
+
+def multiplies_integers(plan: Plan, name: str, inspection: Inspection) -> bool:
+    """Whether an operator that the runtime runs as planned has integers on both sides of its products."""
+    todo = plan.node(name)
+    stored = [stored.format for stored in stored_weights(plan, name)]
+    return all(fmt.is_int for fmt in stored) and (todo.mode is None or todo.kernel in inspection.integer)
+
+
 def _stored_only(graph: Graph, plan: Plan, name: str, kind: str, macs: Mapping[str, int]) -> dict[str, Any]:
     """A float island whose weights are stored narrow."""
-    formats = {str(stored.format).partition(" ")[0] for stored in _weights(plan, name)}
-    stored = " and ".join(sorted(formats)) or "floats"
+    stored = formats_of_weights(plan, name) or "floats"
     reason = f"its weights alone are quantized ({stored}): it computes in float32"
     return {"name": name, "op": kind, "reason": reason, "macs": macs.get(name, 0)}
 

@@ -12,7 +12,7 @@ from ..graph.blocks import path_of
 from ..graph.reading import placeholders
 from ..plan import NodePlan, Plan
 from ..targets._base import Inspection
-from .integer import SILENT
+from .integer import SILENT, formats_of_weights, multiplies_integers
 
 FLOAT = "float"
 # What a reader of a picture would call nothing: sizes, and names for parts of a result.
@@ -25,8 +25,9 @@ def network_record(graph: Graph, plan: Plan, inspection: Inspection) -> dict[str
     Returns: `nodes`, in topological order, each with `name`, `op`, `module` (the user's module path), `role`
         (`input`, `compute`, `move`: only moves numbers, `fused`: part of the kernel of `into`, `index`: makes
         indices or masks, `output`), `precision` (the integer format that it works on, "float", or what an index is,
-        as "int64"), `kernel` and `reason` (why float), null where they don't apply; and `edges`: pairs of indices
-        into `nodes`. Constants and sizes are left out.
+        as "int64"), `weights` (the format that its weights are stored in), `kernel` and `reason` (why float, or what
+        it does while it runs), null where they don't apply; and `edges`: pairs of indices into `nodes`. Constants and
+        sizes are left out.
     """
     made = _Picture(graph, plan, inspection)
     return {"nodes": made.nodes, "edges": [list(edge) for edge in made.edges]}
@@ -63,17 +64,20 @@ class _Picture:
         if todo.absorbed_by is not None:
             precision = self._leaves(name, node)
             self._add(node, name, kind, "fused", precision=precision, into=todo.absorbed_by, **facts)
-        elif todo.mode == "weights" and name not in self.inspection.missed:
-            reason = "its weights alone are stored narrow"
-            self._add(
-                node, name, kind, "compute", precision=FLOAT, kernel=todo.kernel, reason=reason, **facts
-            )
+        elif todo.mode in ("weights", "dynamic") and name not in self.inspection.missed:
+            facts |= {"weights": formats_of_weights(self.plan, name) or None, "kernel": todo.kernel}
+            if multiplies_integers(self.plan, name, self.inspection):
+                facts |= {"precision": "int8", "reason": "it rounds what it reads to 8 bits while it runs"}
+            else:
+                facts |= {"precision": FLOAT, "reason": "its weights alone are stored narrow"}
+            self._add(node, name, kind, "compute", **facts)
         elif todo.kernel is not None and name not in self.inspection.missed:
             precision = self._leaves(name, node)
             if precision == FLOAT:  # the last layer gives float numbers and still computes on integers
                 precision = self.reads.get(name, FLOAT)
             role = "move" if todo.role == "move" else "compute"
-            self._add(node, name, kind, role, precision=precision, kernel=todo.kernel or None, **facts)
+            facts |= {"weights": formats_of_weights(self.plan, name) or None, "kernel": todo.kernel or None}
+            self._add(node, name, kind, role, precision=precision, **facts)
         else:
             precision = _type(node)
             role = "index" if precision != FLOAT else "move" if kind in SILENT else "compute"
@@ -96,12 +100,12 @@ class _Picture:
     def _add(
         self, node: fx.Node | None, name: str, op: str, role: str, *, precision: str,
         kernel: str | None = None, reason: str | None = None, into: str | None = None, module: str = "",
-        feeds: list[int] | None = None,
+        weights: str | None = None, feeds: list[int] | None = None,
     ) -> None:  # fmt: skip
         index = len(self.nodes)
         row: Mapping[str, Any] = {
             "name": name, "op": op, "module": module, "role": role, "precision": precision, "kernel": kernel,
-            "reason": reason, "into": into,
+            "reason": reason, "into": into, "weights": weights,
         }  # fmt: skip
         self.nodes.append(dict(row))
         self.edges += [(source, index) for source in feeds or ()]
