@@ -340,6 +340,16 @@ def test_archives_that_are_none(plain: Path, tmp_path: Path) -> None:
         load_pt2(rewrite(plain, lambda _, d: d, **{"data/aotinductor/model/a.so": b"x"}))
 
 
+def test_members_without_a_name_are_refused(plain: Path, tmp_path: Path) -> None:
+    path = tmp_path / "nameless.pt2"
+    written = rewrite(plain, lambda _, d: d, **{"odd": b"x"})
+    with zipfile.ZipFile(written) as archive:
+        (name,) = (name.encode() for name in archive.namelist() if name.endswith("odd"))
+    path.write_bytes(written.read_bytes().replace(name, b"\0" + name[1:]))
+    with pytest.raises(LoadError, match="has no name"):
+        load_pt2(path)
+
+
 def test_bombs_are_refused_before_they_unpack(tmp_path: Path) -> None:
     path = tmp_path / "bomb.pt2"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -217,6 +217,8 @@ def _check_names(infos: list[zipfile.ZipInfo], label: str) -> None:
     total = 0
     for info in infos:
         name, parts = info.filename, info.filename.replace("\\", "/").split("/")
+        if not name:  # zipfile cuts names at their first zero byte
+            raise LoadError(f"{label}: a member has no name: write the file again")
         if (
             name.startswith(("/", "\\"))
             or ".." in parts
