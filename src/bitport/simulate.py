@@ -73,7 +73,16 @@ class Simulator:
             watch: told the name and the float result of each kernel that takes and returns floats.
         """
         with torch.no_grad():
-            return _Run(self, list(inputs), tap, watch).outputs()
+            return Run(self, list(inputs), tap, watch).outputs()
+
+    def begin(self, inputs: Sequence[Tensor]) -> Run:
+        """A run of one batch that the caller takes operator by operator, so that several batches go abreast."""
+        return Run(self, list(inputs), None, None)
+
+    def change(self, plan: Plan) -> None:
+        """Go on with another plan, and with the graph's parameters as they are now."""
+        self.plan = plan
+        self._constants.clear()
 
     def constant(self, tensor: str, tie: str, coded: bool = False) -> QTensor | Coded:
         """A parameter under a tie. coded: as a kernel takes it that computes on floats."""
@@ -86,28 +95,52 @@ class Simulator:
         return self._constants[key]
 
 
-class _Run:
+class Run:
+    """One batch on its way through the network."""
+
     def __init__(
         self, simulator: Simulator, inputs: list[Tensor], tap: Tap | None, watch: Watch | None
     ) -> None:
         self.s, self.tap, self.watch = simulator, tap, watch
-        self.graph, self.plan = simulator.graph, simulator.plan
+        self.graph = simulator.graph
         self.values: dict[fx.Node, Any] = {}
         self.inputs = iter(inputs)
 
+    @property
+    def plan(self) -> Plan:
+        return self.s.plan
+
     def outputs(self) -> tuple[Tensor, ...]:
+        """All operators, then the flat outputs."""
         for node in self.graph.gm.graph.nodes:
-            if node.op == "placeholder":
-                self._leave(node, next(self.inputs))
-            elif node.op == "get_attr":
-                self.values[node] = self.graph.tensor(str(node.target)).detach()
-            elif node.op == "output":
+            if node.op == "output":
                 return tuple(self._output(value, i) for i, value in enumerate(self.graph.output_nodes()))
-            else:
-                self._operator(node)
-            for source in self.s._last.get(node, ()):
-                self.values.pop(source, None)
+            self.step(node)
         raise GraphError("the graph has no output")
+
+    def step(self, node: fx.Node) -> None:
+        """Run one node, in the graph's order; values that nobody reads any more are dropped."""
+        if node.op == "placeholder":
+            self._leave(node, next(self.inputs))
+        elif node.op == "get_attr":
+            self.values[node] = self.graph.tensor(str(node.target)).detach()
+        else:
+            self._operator(node)
+        for source in self.s._last.get(node, ()):
+            self.values.pop(source, None)
+
+    def read(self, node: fx.Node, slot: int) -> Tensor:
+        """What an operator's kernel reads as an operand, as numbers; before `step` of that operator."""
+        operand = self.graph.op(node).operands[slot]
+        assert operand is not None
+        name = self.graph.name(node)
+        tie = self.plan.edges.get(Edge(producer_name(self.graph, operand), name, slot))
+        if tie is not None and self.plan.ties[tie].source == "dynamic":
+            assert operand.node is not None
+            return quantize_dynamic(self._float(operand.node), self.plan.ties[tie].format).dequantize()
+        value = self._operand(operand, name, slot)
+        assert value is not None
+        return value.dequantize() if isinstance(value, QTensor | Coded) else value
 
     def _operator(self, node: fx.Node) -> None:
         name = self.graph.name(node)

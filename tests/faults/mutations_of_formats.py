@@ -60,8 +60,8 @@ MUTATIONS = (
     Mutation(
         "products with small floats are no integer products",
         "proof/integer.py",
-        "if all(fmt.is_int for fmt in stored) and (",
-        "if (",
+        "return all(fmt.is_int for fmt in stored) and (",
+        "return (",
         "tests/proof/test_integer.py::test_a_product_counts_only_where_both_operands_are_integers",
     ),
     Mutation(
@@ -98,6 +98,35 @@ MUTATIONS = (
         "        if all(_same_grid(ties[0], other) for other in ties[1:]):\n",
         "        if True:\n",
         "tests/plan/test_modes.py::test_a_weight_that_two_layers_share_has_a_grid_for_each_that_differs",
+    ),
+    # ------------------------------------------------------------------------------------- GPTQ
+    Mutation(
+        "a row that plain rounding serves better keeps it",
+        "numerics/gptq.py",
+        "    wins = other.loss < best.loss\n",
+        "    wins = torch.ones_like(other.loss, dtype=torch.bool)\n",
+        "tests/numerics/test_gptq.py::test_no_row_is_worse_than_plain_rounding",
+    ),
+    Mutation(
+        "a result of GPTQ that is worse is not kept",
+        "steps/gptq.py",
+        "    if after < before:\n",
+        "    if True:\n",
+        "tests/steps/test_gptq.py::test_a_result_that_is_worse_is_left_out",
+    ),
+    Mutation(
+        "a Hessian that isn't definite is damped more",
+        "numerics/hessian.py",
+        "LADDER = (1.0, 10.0, 100.0)",
+        "LADDER = (0.0,)",
+        "tests/numerics/test_hessian.py::test_a_damped_hessian_is_definite",
+    ),
+    Mutation(
+        "a bias keeps the scales that it needs",
+        "steps/gptq.py",
+        "        return None if bool((raised <= 2.0**-100).all()) else by_rows(raised, rows)\n",
+        "        return None\n",
+        "tests/steps/test_gptq.py::test_a_bias_that_needs_coarse_scales_keeps_them",
     ),
     # ------------------------------------------------------------------------------------- words, callables
     Mutation(

@@ -342,7 +342,7 @@ def test_archives_that_are_none(plain: Path, tmp_path: Path) -> None:
 
 def test_members_without_a_name_are_refused(plain: Path, tmp_path: Path) -> None:
     path = tmp_path / "nameless.pt2"
-    written = rewrite(plain, lambda _, d: d, **{"odd": b"x"})
+    written = rewrite(plain, lambda _, d: d, odd=b"x")
     with zipfile.ZipFile(written) as archive:
         (name,) = (name.encode() for name in archive.namelist() if name.endswith("odd"))
     path.write_bytes(written.read_bytes().replace(name, b"\0" + name[1:]))

@@ -206,6 +206,9 @@ class TestWriting:
         )
 
 
+FULL = ["fold", "quantize", "calibrate", "gptq", "correct_bias"]
+
+
 class TestExpand:
     @pytest.mark.parametrize(
         ("steps", "effort", "expected"),
@@ -246,15 +249,15 @@ class TestExpand:
     @pytest.mark.parametrize(
         ("steps", "expected"),
         [
-            (["quantize"], ["fold", "quantize", "calibrate", "correct_bias"]),
-            (["quantize", "calibrate", "gptq"], ["fold", "quantize", "calibrate", "correct_bias", "gptq"]),
-            (["quantize", "gptq", "calibrate"], ["fold", "quantize", "gptq", "calibrate", "correct_bias"]),
-            (["quantize", "correct_bias"], ["fold", "quantize", "calibrate", "correct_bias"]),
-            (["quantize", "calibrate", "gptq", "correct_bias"],
-             ["fold", "quantize", "calibrate", "gptq", "correct_bias"]),
+            (["quantize"], FULL),
+            (["quantize", "calibrate", "gptq"], FULL),
+            (["quantize", "gptq", "calibrate"],
+             ["fold", "quantize", "gptq", "calibrate", "gptq", "correct_bias"]),
+            (["quantize", "correct_bias"], FULL),
+            (["quantize", "calibrate", "gptq", "correct_bias"], FULL),
         ],
     )  # fmt: skip
-    def test_more_effort_corrects_biases(
+    def test_more_effort_adds_steps(
         self, more_steps: None, effort: str, steps: list[str], expected: list[str]
     ) -> None:
         expanded = chain(*steps, effort=effort).expand()

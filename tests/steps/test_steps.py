@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from bitport.errors import DataError, RecipeError, UnknownName
 from bitport.plan import Plan
+from bitport.plan.constants import on_grid
 from bitport.steps._base import make
 
 
@@ -125,6 +126,19 @@ def test_bias_correction_is_kept_only_where_it_helps() -> None:
     empty = Plan.empty("null")
     assert make("correct_bias", {})(work, empty, settings) == (work, empty)
     assert settings.tried[1]["reason"] == "nothing is quantized"
+
+
+def test_biases_behind_weights_in_groups_are_corrected() -> None:
+    weights = {"format": "int3", "granularity": "group", "group": 4, "symmetric": False}
+    x = torch.rand(64, 6) + 1
+    net = Net(lambda m, x: m.a(x), a=nn.Linear(6, 5))
+    prepared = prepare(net, [x], weights=weights, activations={"format": "float32"})
+    settings = context(prepared.graph, prepared.target, [x])
+    corrected, _ = make("correct_bias", {})(prepared.reference, prepared.plan, settings)
+    means = [graph.run(x)[0].detach().mean(0) for graph in (prepared.graph, prepared.work)]
+    on_grid(corrected, prepared.plan)
+    assert float((corrected.run(x)[0].detach().mean(0) - means[0]).abs().max()) < 1e-5
+    assert float((means[1] - means[0]).abs().max()) > 1e-3
 
 
 def test_calibration_tells_by_which_estimators_ranges_were_measured() -> None:

@@ -106,6 +106,12 @@ def constant_integers(graph: Graph, plan: Plan, tensor: str, tie_name: str) -> Q
     return QTensor(q, scale, zero_point, fmt.low, fmt.high, fmt.axis)
 
 
+def stored_values(graph: Graph, plan: Plan, tensor: str, tie_name: str) -> Tensor:
+    """What a weight becomes once it is stored under a tie: float32, shape of the weight."""
+    constant = constant_integers if is_plain(plan.ties[tie_name].format) else constant_codes
+    return constant(graph, plan, tensor, tie_name).dequantize()
+
+
 def on_grid(graph: Graph, plan: Plan) -> None:
     """Put each weight of `graph`, in place, on the grid that the plan stores it on, where all its readers take that.
 
@@ -124,9 +130,8 @@ def on_grid(graph: Graph, plan: Plan) -> None:
         if None in readers[key] or any(tie.source == "bias" for tie in ties):
             continue
         if all(_same_grid(ties[0], other) for other in ties[1:]):
-            constant = constant_integers if is_plain(ties[0].format) else constant_codes
             tie = min(tie for tie in readers[key] if tie is not None)
-            graph.set_tensor(tensor, constant(graph, plan, tensor, tie).dequantize())
+            graph.set_tensor(tensor, stored_values(graph, plan, tensor, tie))
 
 
 def _same_grid(first: TensorPlan, second: TensorPlan) -> bool:

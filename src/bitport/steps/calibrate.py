@@ -59,7 +59,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     if chosen:
         reason = f"{chosen[True]} tensors symmetric, {chosen[False]} asymmetric, each by its expected error"
         context.tried.append({"what": "symmetric ranges", "outcome": "measured", "reason": reason})
-    plan = _room_for_biases(graph, settle(plan.with_ties(changed)), context)
+    plan = room_for_biases(graph, settle(plan.with_ties(changed)), context)
     return graph, settle(plan)
 
 
@@ -142,8 +142,11 @@ def _tell_dropped(dropped: list[tuple[int, str]], read: int, context: Context) -
     context.notes.append(f"{said}; they were left out of all ranges")
 
 
-def _room_for_biases(graph: Graph, plan: Plan, context: Context) -> Plan:
-    """Raise a weight's scale where its bias would not fit into 32 bits (tiny weights, large bias)."""
+def room_for_biases(graph: Graph, plan: Plan, context: Context | None) -> Plan:
+    """Raise a weight's scale where its bias would not fit into 32 bits (tiny weights, large bias).
+
+    Without a context nothing is told of it.
+    """
     changed: dict[str, TensorPlan] = {}
     for edge, name in plan.edges.items():
         tie = plan.ties[name]
@@ -158,8 +161,9 @@ def _room_for_biases(graph: Graph, plan: Plan, context: Context) -> Plan:
         if not torch.equal(raised, w_scale):
             raised = stored(raised, weight.format.scale, up=True)
             changed[w_name] = replace(weight, scale=raised)
-            context.notes.append(f"the scale of {w_name!r} was raised so that its bias fits into 32 bits")
-    if changed:
+            if context is not None:
+                context.notes.append(f"the scale of {w_name!r} was raised so that its bias fits into 32 bits")
+    if changed and context is not None:
         reason = f"the biases of {len(changed)} tensors would not fit into 32 bits"
         context.tried.append({"what": "larger scales of weights", "outcome": "kept", "reason": reason})
     return plan.with_ties(changed)

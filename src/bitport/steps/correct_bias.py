@@ -13,7 +13,7 @@ from ..graph import Edge, Graph, Op
 from ..numerics.bias import analytic_bias
 from ..numerics.error import ErrorStats
 from ..plan import Plan
-from ..plan.constants import constant_integers
+from ..plan.constants import stored_values
 from ..simulate import Simulator
 from ._base import Context
 
@@ -34,21 +34,27 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     if not plan.quantized:
         _tell(context, "left out", "nothing is quantized")
         return graph, plan
-    corrected = graph.clone()
-    means = _mean_inputs(graph, plan, context)
-    for node in corrected.nodes():
-        name, op = corrected.name(node), corrected.op(node)
-        if name in means:
-            _correct(corrected, plan, name, op, means[name])
-    before, after = (_error(candidate, graph, plan, context) for candidate in (graph, corrected))
+    better = corrected(graph, plan, context)
+    before, after = (_error(candidate, graph, plan, context) for candidate in (graph, better))
     found = f"error of the simulated outputs {before:.3g} without, {after:.3g} with it, on calibration data"
     if after < before:
         _tell(context, "kept", found)
         context.notes.append(f"bias correction lowered the output error from {before:.3g} to {after:.3g}")
-        return corrected, plan
+        return better, plan
     _tell(context, "left out", found)
     context.notes.append("bias correction did not help on the calibration data and was left out")
     return graph, plan
+
+
+def corrected(graph: Graph, plan: Plan, context: Context) -> Graph:
+    """A copy whose quantized layers have their biases corrected, for better or worse."""
+    made = graph.clone()
+    means = _mean_inputs(graph, plan, context)
+    for node in made.nodes():
+        name, op = made.name(node), made.op(node)
+        if name in means:
+            _correct(made, plan, name, op, means[name])
+    return made
 
 
 def _tell(context: Context, outcome: str, reason: str) -> None:
@@ -85,9 +91,7 @@ def _correct(graph: Graph, plan: Plan, name: str, op: Op, mean: Tensor) -> None:
     weight, bias = op.operands[1], op.operands[2]
     assert weight is not None and weight.tensor is not None and bias is not None and bias.tensor is not None
     value = graph.tensor(weight.tensor).detach()
-    stored = constant_integers(
-        graph, plan, weight.tensor, plan.edges[Edge(weight.tensor, name, 1)]
-    ).dequantize()
+    stored = stored_values(graph, plan, weight.tensor, plan.edges[Edge(weight.tensor, name, 1)])
     old = graph.tensor(bias.tensor).detach()
     graph.set_tensor(bias.tensor, analytic_bias(old, value, stored, mean, op.attrs.get("groups", 1)))
 

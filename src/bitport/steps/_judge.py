@@ -1,0 +1,56 @@
+"""Which of two candidates is nearer to the float network: the error of their simulated outputs on batches held back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..data import Source
+from ..graph import Graph
+from ..numerics.error import ErrorStats
+from ..plan import Plan
+from ..simulate import Arithmetic, Simulator
+
+Inputs = tuple[Tensor, ...]
+HELD = 4  # one batch in so many
+
+
+def parted(calibration: Source, graph: Graph, samples: int) -> tuple[list[Inputs], list[Inputs]]:
+    """(batches to work with, batches to judge by): the last quarter of the first `samples` samples is held back.
+
+    A single batch is cut along its batch axis. Where there is nothing to cut, both are the same.
+    """
+    found: list[Inputs] = []
+    seen = 0
+    for batch in calibration:
+        found.append(tuple(batch.inputs))
+        seen += len(batch.inputs[0]) if batch.inputs and batch.inputs[0].dim() else 1
+        if seen >= samples:
+            break
+    held = len(found) // HELD or int(len(found) > 1)
+    if held:
+        return found[:-held], found[-held:]
+    shapes = [spec.shape for spec in graph.inputs]
+    axis = shapes[0][0] if shapes and shapes[0] else None
+    if len(found) == 1 and isinstance(axis, str) and all(shape and shape[0] == axis for shape in shapes):
+        count = len(found[0][0])
+        cut = count - (count // HELD or int(count > 1))
+        if 0 < cut < count:
+            return [tuple(x[:cut] for x in found[0])], [tuple(x[cut:] for x in found[0])]
+    return found, found
+
+
+def output_error(
+    candidate: Graph, plan: Plan, reference: Graph, arithmetic: Arithmetic, batches: Sequence[Inputs]
+) -> float:
+    """Noise against signal of the simulated float outputs: Σ (ŷ − y)² / Σ y²; 0 without float outputs."""
+    simulator = Simulator(candidate, plan, arithmetic)
+    stats = ErrorStats()
+    with torch.no_grad():
+        for inputs in batches:
+            for real, found in zip(reference.run(*inputs), simulator.run(inputs), strict=True):
+                if real.is_floating_point():
+                    stats.update(real, found)
+    return stats.noise / stats.signal if stats.signal else stats.noise

@@ -1,0 +1,284 @@
+"""Round weights so that layers keep their outputs: GPTQ in one pass, every layer on what those before it have lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import DataError, RecipeError
+from ..graph import Edge, Graph, Op
+from ..numerics.codes import decode, encode
+from ..numerics.error import sqnr_db
+from ..numerics.gptq import by_rows, solve, spans
+from ..numerics.grid import Grid
+from ..numerics.hessian import InputMoments, damped, patches, shifted, spread_evenly
+from ..plan import Plan, TensorPlan
+from ..plan.constants import grid_of, settle
+from ..simulate import Arithmetic, Run, Simulator
+from . import correct_bias
+from ._base import Context
+from ._judge import Inputs, output_error, parted
+from .calibrate import room_for_biases
+
+WHAT = "GPTQ"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Knobs of `gptq`.
+
+    damping: share of the mean of the Hessian's diagonal that is added to it.
+    order: take the inputs with the largest activations first; scales of groups are then those of plain rounding.
+    shift: how far weights are moved first, so that rounded inputs give the float outputs; 0 … 1.
+    rounds: of scales by least squares and codes by coordinate descent, after the sweep.
+    above: layers whose weights plain rounding keeps better than this many dB are left to it; 0: none are tried.
+    samples: calibration samples that are used, a quarter of which only judge.
+    positions: rows of inputs that a layer's moments are taken from.
+    inputs: layers with more weights than this in a row are left to plain rounding.
+    """
+
+    damping: float = 0.01
+    order: bool = False
+    shift: float = 1.0
+    rounds: int = 2
+    above: float = 40.0
+    samples: int = 512
+    positions: int = 2**16
+    inputs: int = 8192
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("damping", 0, 10), ("shift", 0, 1), ("rounds", 0, 100), ("above", 0, 1000)):
+            if not low <= getattr(self, name) <= high:
+                raise RecipeError(
+                    f"gptq's {name} is {getattr(self, name)}: give a number from {low} to {high}"
+                )
+        for name in ("samples", "positions", "inputs"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"gptq's {name} is {getattr(self, name)}: give at least 1")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose weights are to be solved for."""
+
+    name: str
+    node: fx.Node
+    weight: str
+    bias: str | None
+    tie: str
+    groups: int
+
+
+def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[Graph, Plan]:
+    """GPTQ for every convolution and Linear with narrow weights, in the network's order.
+
+    Float and simulated network go through the calibration data side by side, operator by operator, so that each layer
+    is solved on the rounded inputs that it will read, and the data is read once. The result is kept where the simulated
+    outputs are nearer to the float network's on samples held back; both sides may correct biases.
+    """
+    layers, left = _layers(graph, plan, options)
+    for reason, names in left.items():
+        many = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+        context.tried.append({"what": WHAT, "outcome": "left out", "reason": f"{many}: {reason}"})
+    if not layers:
+        return graph, plan
+    fit, held = parted(context.calibration, graph, options.samples)
+    solving = _Solving(graph, plan, context, options, layers)
+    with context.progress.task("solving for weights", len(layers)) as task, torch.no_grad():
+        work, solved = solving.run(fit, task.advance)
+    for name, reason in solving.refused.items():
+        context.tried.append({"what": WHAT, "outcome": "left out", "reason": f"{name}: {reason}"})
+
+    def error(candidate: Graph, planned: Plan) -> float:
+        return output_error(candidate, planned, graph, context.arithmetic, held)
+
+    corrected = correct_bias.corrected(graph, plan, context)
+    before, after = min(error(graph, plan), error(corrected, plan)), error(work, solved)
+    found = (
+        f"{len(layers) - len(solving.refused)} layers; error of the simulated outputs {before:.3g} without, "
+        f"{after:.3g} with it, on {sum(len(x[0]) if x[0].dim() else 1 for x in held)} samples held back"
+    )
+    if after < before:
+        context.tried.append({"what": WHAT, "outcome": "kept", "reason": found})
+        return work, solved
+    context.tried.append({"what": WHAT, "outcome": "left out", "reason": found})
+    return graph, plan
+
+
+def _layers(graph: Graph, plan: Plan, options: Options) -> tuple[list[Layer], dict[str, list[str]]]:
+    """The layers to solve for, in order; and those left out, by reason."""
+    layers: list[Layer] = []
+    left: dict[str, list[str]] = {}
+    readers: dict[int, int] = {}
+    for edge in graph.edges():
+        if edge.producer in plan_weights(plan):
+            key = id(graph.tensor(edge.producer))
+            readers[key] = readers.get(key, 0) + 1
+    for node in graph.nodes():
+        name, op = graph.name(node), graph.op(node)
+        tie = _weight_tie(plan, name, op)
+        if tie is None or plan.node(name).kernel is None or op.kind not in ("conv", "linear"):
+            continue
+        operand, bias = op.operands[1], op.operands[2]
+        assert operand is not None and operand.tensor is not None
+        weight = graph.tensor(operand.tensor).detach()
+        reason = _objection(
+            op, weight, plan.ties[tie], readers.get(id(graph.tensor(operand.tensor)), 1), options
+        )
+        if reason is not None:
+            left.setdefault(reason, []).append(name)
+            continue
+        groups = op.attrs.get("groups", 1)
+        own = bias.tensor if bias is not None and bias.tensor is not None else None
+        layers.append(Layer(name, node, operand.tensor, own, tie, groups))
+    return layers, left
+
+
+def plan_weights(plan: Plan) -> set[str]:
+    """The tensors that the plan stores as weights."""
+    return {edge.producer for edge, tie in plan.edges.items() if plan.ties[tie].source == "weight"}
+
+
+def _weight_tie(plan: Plan, name: str, op: Op) -> str | None:
+    operand = op.operands[1] if len(op.operands) > 1 else None
+    if operand is None or operand.tensor is None:
+        return None
+    tie = plan.edges.get(Edge(operand.tensor, name, 1))
+    return tie if tie is not None and plan.ties[tie].source == "weight" else None
+
+
+def _objection(op: Op, weight: Tensor, tie: TensorPlan, readers: int, options: Options) -> str | None:
+    """Why a layer is left to plain rounding."""
+    fmt = tie.format
+    if readers > 1 or len(tie.members) > 1:
+        return "several operators share its weights or their scale"
+    if fmt.unscaled:
+        return f"{fmt} has no scales to solve for"
+    if fmt.granularity in ("channel", "group") and (fmt.axis or 0) % weight.dim() != 0:
+        return "its scales don't run along its outputs"
+    if op.attrs.get("padding_mode", "zeros") != "zeros":
+        return f"its padding is {op.attrs['padding_mode']!r}"
+    if not weight.numel() or not isinstance(op.attrs.get("padding", ()), Sequence):
+        return "it has no weights, or pads unlike a convolution"
+    if prod(weight.shape[1:]) > options.inputs:
+        return f"its rows have more than {options.inputs} weights"
+    grid = grid_of(tie)
+    if sqnr_db(weight, decode(encode(weight, grid), grid)) >= options.above:
+        return f"plain rounding keeps its weights to {options.above:g} dB"
+    return None
+
+
+class _Solving:
+    """One pass: the float and the simulated network abreast, layer by layer."""
+
+    def __init__(
+        self, graph: Graph, plan: Plan, context: Context, options: Options, layers: Sequence[Layer]
+    ) -> None:
+        self.graph, self.work, self.plan = graph, graph.clone(), plan
+        self.context, self.options = context, options
+        self.layers = {layer.name: layer for layer in layers}
+        self.refused: dict[str, str] = {}
+        self._last: tuple[object, InputMoments] | None = None
+        self.simulator = Simulator(self.work, plan, context.arithmetic)
+
+    def run(self, batches: Sequence[Inputs], advance: Callable[[int], object]) -> tuple[Graph, Plan]:
+        floats = Simulator(self.graph, Plan.empty(self.plan.target), Arithmetic())
+        runs = [(floats.begin(batch), self.simulator.begin(batch)) for batch in batches]
+        ahead = len(self.layers)
+        for real, node in zip(self.graph.gm.graph.nodes, self.work.gm.graph.nodes, strict=True):
+            if node.op == "output" or not ahead:
+                break
+            layer = self.layers.get(self.work.name(node)) if node.op.startswith("call") else None
+            if layer is not None:
+                ahead -= 1
+                try:
+                    self._solve(layer, real, node, runs)
+                except DataError as error:
+                    self.refused[layer.name] = str(error)
+                advance(1)
+            for float_run, run in runs:
+                float_run.step(real)
+                run.step(node)
+        return self.work, self.plan
+
+    def _solve(self, layer: Layer, real: fx.Node, node: fx.Node, runs: Sequence[tuple[Run, Run]]) -> None:
+        moments = self._moments(layer, real, node, runs)
+        if not moments.count:
+            raise DataError("the calibration data never reaches it")
+        hessian, cross = moments.settled(centred=layer.bias is not None)
+        definite = damped(hessian, self.options.damping)
+        if definite is None:
+            raise DataError("its inputs on the calibration data say nothing (all are 0, or not finite)")
+        weight = self.work.tensor(layer.weight).detach()
+        shape = (layer.groups, weight.shape[0] // layer.groups, -1)
+        original = weight.reshape(shape).double()
+        target = shifted(original, hessian, cross, definite, self.options.shift)
+        tie = self.plan.ties[layer.tie]
+        plain = decode(encode(weight, grid_of(tie)), grid_of(tie)).reshape(shape)
+        rows = (*shape[:2], len(spans(plain.shape[2], tie.format)))
+        scale, zero_point = (by_rows(part, rows) for part in tie.parameters())
+        grid = Grid(tie.format, scale, zero_point, tie.table)
+        found = solve(
+            target, definite, plain, grid, order=self.options.order, rounds=self.options.rounds,
+            least=self._least(layer, rows),
+        )  # fmt: skip
+        self.work.set_tensor(layer.weight, found.values.reshape(weight.shape))
+        self._correct(layer, original, found.values, moments)
+        if tie.scale is not None and tie.scale.ndim:
+            like = tie.scale.shape
+            changed = replace(tie, scale=found.scale.reshape(like), zero_point=found.zero_point.reshape(like))
+            self.plan = settle(self.plan.with_ties({layer.tie: changed}))
+        self.simulator.change(self.plan)
+
+    def _moments(
+        self, layer: Layer, real: fx.Node, node: fx.Node, runs: Sequence[tuple[Run, Run]]
+    ) -> InputMoments:
+        """Second moments of what the layer reads; those of the layer before where both read the same."""
+        op = self.work.op(node)
+        source = op.operands[0]
+        assert source is not None
+        kernel = tuple(self.work.tensor(layer.weight).shape[2:])
+        tie = self.plan.edges.get(Edge(self.work.name(source.node), layer.name, 0)) if source.node else None
+        key = (source.node, tie, kernel, str(sorted(op.attrs.items(), key=str)) if kernel else "")
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        moments = InputMoments()
+        most = max(1, self.options.positions // max(1, len(runs)))
+        for float_run, run in runs:
+            x, hat = float_run.read(real, 0), run.read(node, 0)
+            if x.numel():
+                moments.update(_rows_of(x, op.attrs, kernel, most), _rows_of(hat, op.attrs, kernel, most))
+        self._last = (key, moments)
+        return moments
+
+    def _correct(self, layer: Layer, original: Tensor, values: Tensor, moments: InputMoments) -> None:
+        """Give the bias what the mean of the outputs has lost: b' = b + w E[x] − q E[x̂]."""
+        if layer.bias is None:
+            return
+        mean, mean_hat = moments.means
+        shift = (original @ mean[:, :, None] - values.double() @ mean_hat[:, :, None]).reshape(-1)
+        bias = self.work.tensor(layer.bias).detach()
+        self.work.set_tensor(layer.bias, (bias.double() + shift).to(bias.dtype))
+
+    def _least(self, layer: Layer, rows: tuple[int, int, int]) -> Tensor | None:
+        """Scales that the layer's bias needs at least, [B, R, G]; None where it has room."""
+        tie = self.plan.ties[layer.tie]
+        scale, _ = tie.parameters()
+        tiny = self.plan.with_ties({layer.tie: replace(tie, scale=torch.full_like(scale, 2.0**-100))})
+        raised = room_for_biases(self.work, tiny, None).ties[layer.tie].scale
+        assert raised is not None
+        return None if bool((raised <= 2.0**-100).all()) else by_rows(raised, rows)
+
+
+def _rows_of(x: Tensor, attrs: Mapping[str, Any], kernel: tuple[int, ...], most: int) -> Tensor:
+    """What a layer multiplies its weights by: [P, B, K]."""
+    if not kernel:
+        flat = x.reshape(-1, 1, x.shape[-1])
+        return flat[spread_evenly(len(flat), most)]
+    stride, padding, dilation = (tuple(attrs[key]) for key in ("stride", "padding", "dilation"))
+    return patches(x, kernel, stride, padding, dilation, attrs["groups"], most)
