@@ -101,6 +101,17 @@ def test_a_hessian_that_says_nothing_is_none(h: Tensor) -> None:
     assert damped(h.double(), 0.01) is None
 
 
+def test_a_group_whose_inputs_are_all_dead_does_not_stop_the_others() -> None:
+    x = torch.randn(50, 3, 4)
+    x[:, 1] = 0
+    h, _ = moments(x, x).settled(centred=False)
+    found = damped(h, 0.01)
+    assert found is not None
+    assert torch.equal(found[1], torch.eye(4, dtype=torch.float64) * found[1, 0, 0]) and found[1, 0, 0] > 0
+    alone = damped(h[[0, 2]], 0.01)
+    assert alone is not None and torch.equal(found[[0, 2]], alone)
+
+
 def test_shifted_weights_give_the_float_outputs_of_rounded_inputs() -> None:
     torch.manual_seed(0)
     x = torch.randn(400, 1, 6)

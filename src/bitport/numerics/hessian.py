@@ -104,13 +104,14 @@ class InputMoments:
 def damped(h_BKK: Tensor, damping: float) -> Tensor | None:
     """H + λI with λ a share of the mean diagonal, raised ten and a hundred times until it is positive definite.
 
-    Inputs that are always 0 get the mean of the others, so that their weights are rounded as they are.
-    Returns None where nothing helps: H is zero or holds no finite numbers.
+    Inputs that are always 0 get the mean of the others, of their group or of all, so that their weights are rounded
+    as they are. Returns None where nothing helps: H is zero or holds no finite numbers.
     """
     diagonal = h_BKK.diagonal(dim1=1, dim2=2)
     mean_B = diagonal.mean(1)
-    if not bool(torch.isfinite(h_BKK).all() & (mean_B > 0).all()):
+    if not bool(torch.isfinite(h_BKK).all() & (mean_B >= 0).all() & (mean_B > 0).any()):
         return None
+    mean_B = torch.where(mean_B > 0, mean_B, mean_B.mean())
     alone = torch.where(diagonal == 0, mean_B[:, None], torch.zeros_like(diagonal))
     for step in LADDER:
         found = h_BKK + torch.diag_embed(alone + damping * step * mean_B[:, None])

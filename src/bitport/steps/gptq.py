@@ -26,6 +26,7 @@ from ._judge import Inputs, output_error, parted
 from .calibrate import room_for_biases
 
 WHAT = "GPTQ"
+PLAINLY = 0.5  # a result that leaves more of the error than this is held against one of unmoved weights
 
 
 @dataclass(frozen=True)
@@ -79,35 +80,52 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
 
     Float and simulated network go through the calibration data side by side, operator by operator, so that each layer
     is solved on the rounded inputs that it will read, and the data is read once. The result is kept where the simulated
-    outputs are nearer to the float network's on samples held back; both sides may correct biases.
+    outputs are nearer to the float network's on samples held back; both sides may correct biases. Where little data
+    says more than is true, moving weights before they are rounded (`shift`) does harm: without a plain gain it is
+    tried again without.
     """
     layers, left = _layers(graph, plan, options)
     for reason, names in left.items():
-        many = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
-        context.tried.append({"what": WHAT, "outcome": "left out", "reason": f"{many}: {reason}"})
+        context.tried.append({"what": WHAT, "outcome": "left out", "reason": f"{_listed(names)}: {reason}"})
     if not layers:
         return graph, plan
     fit, held = parted(context.calibration, graph, options.samples)
-    solving = _Solving(graph, plan, context, options, layers)
-    with context.progress.task("solving for weights", len(layers)) as task, torch.no_grad():
-        work, solved = solving.run(fit, task.advance)
-    for name, reason in solving.refused.items():
-        context.tried.append({"what": WHAT, "outcome": "left out", "reason": f"{name}: {reason}"})
 
     def error(candidate: Graph, planned: Plan) -> float:
         return output_error(candidate, planned, graph, context.arithmetic, held)
 
     corrected = correct_bias.corrected(graph, plan, context)
-    before, after = min(error(graph, plan), error(corrected, plan)), error(work, solved)
-    found = (
-        f"{len(layers) - len(solving.refused)} layers; error of the simulated outputs {before:.3g} without, "
-        f"{after:.3g} with it, on {sum(len(x[0]) if x[0].dim() else 1 for x in held)} samples held back"
-    )
-    if after < before:
-        context.tried.append({"what": WHAT, "outcome": "kept", "reason": found})
-        return work, solved
-    context.tried.append({"what": WHAT, "outcome": "left out", "reason": found})
-    return graph, plan
+    before = best = min(error(graph, plan), error(corrected, plan))
+    kept, samples = (graph, plan), sum(len(x[0]) if x[0].dim() else 1 for x in held)
+    for share in dict.fromkeys((options.shift, 0.0)):
+        solving = _Solving(graph, plan, context, replace(options, shift=share), layers)
+        with context.progress.task("solving for weights", len(layers)) as task, torch.no_grad():
+            found = solving.run(fit, task.advance)
+        after = error(*found)
+        outcome = "kept" if after < best else "left out"
+        reason = (
+            f"{len(layers) - len(solving.refused)} layers, shift {share:g}: error of the simulated outputs "
+            f"{before:.3g} without, {after:.3g} with it, on {samples} samples held back"
+        )
+        context.tried.append({"what": WHAT, "outcome": outcome, "reason": reason})
+        if after < best:
+            kept, best = found, after
+        if best < PLAINLY * before:
+            break
+    for why, names in _by_reason(solving.refused).items():
+        context.tried.append({"what": WHAT, "outcome": "left out", "reason": f"{_listed(names)}: {why}"})
+    return kept
+
+
+def _by_reason(refused: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def _layers(graph: Graph, plan: Plan, options: Options) -> tuple[list[Layer], dict[str, list[str]]]:
@@ -212,14 +230,17 @@ class _Solving:
             raise DataError("the calibration data never reaches it")
         hessian, cross = moments.settled(centred=layer.bias is not None)
         definite = damped(hessian, self.options.damping)
-        if definite is None:
-            raise DataError("its inputs on the calibration data say nothing (all are 0, or not finite)")
         weight = self.work.tensor(layer.weight).detach()
         shape = (layer.groups, weight.shape[0] // layer.groups, -1)
         original = weight.reshape(shape).double()
-        target = shifted(original, hessian, cross, definite, self.options.shift)
         tie = self.plan.ties[layer.tie]
         plain = decode(encode(weight, grid_of(tie)), grid_of(tie)).reshape(shape)
+        if definite is None:
+            self._correct(layer, original, plain, moments)
+            raise DataError(
+                "its inputs are the same in all of the calibration data, and say nothing of its weights"
+            )
+        target = shifted(original, hessian, cross, definite, self.options.shift)
         rows = (*shape[:2], len(spans(plain.shape[2], tie.format)))
         scale, zero_point = (by_rows(part, rows) for part in tie.parameters())
         grid = Grid(tie.format, scale, zero_point, tie.table)
