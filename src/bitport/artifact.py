@@ -41,6 +41,7 @@ from .plan import Plan
 from .plan.constants import Coded
 from .plan.lower import BYTE
 from .plan.packed import SCHEMA, packed_weights, unpacked_weight
+from .plan.rescaled import counterpart
 from .proof.measure import REFERENCE, Subject
 from .recipe import Recipe
 from .records import Measurement
@@ -192,10 +193,14 @@ def write(folder: Path, graph: Graph, original: Graph, plan: Plan, recipe: Recip
 def write_statistics(folder: Path, reference: Graph, plan: Plan, calibration: Source) -> None:
     """Mean and deviation per channel of what each layer of the float network puts out, on calibration samples.
 
+    reference: the float network folded, its own weights. Where the plan moved scales, the layers are looked at behind
+    that, as the artifact has them.
+
     They are what is needed to make floats of the artifact again (`recover.dequantize`).
     """
     if not plan.quantized:
         return
+    reference = counterpart(reference, plan)
     layers = {
         node: reference.name(node) for node in reference.nodes() if reference.op(node).kind in CONTRACTIONS
     }

@@ -282,6 +282,32 @@ def test_weights_of_spread_channels_are_kept_and_the_gate_sees_their_activations
     assert bool(((stored - real).abs().amax((1, 2, 3)) < 0.005 * real.abs().amax((1, 2, 3))).all())
 
 
+EQUALIZED = """
+[[steps]]
+use = "fold"
+[[steps]]
+use = "quantize"
+[[steps]]
+use = "calibrate"
+[[steps]]
+use = "equalize"
+"""
+
+
+@pytest.mark.parametrize("target", ["null", "onnxruntime"])
+def test_equalized_spread_channels_pass_the_gate(tmp_path: Path, target: str) -> None:
+    recipe = tmp_path / "equalized.toml"
+    recipe.write_text(EQUALIZED)
+    model = Spread().eval()
+    artifact = run(model, tmp_path / "out", target=target, recipe=recipe, max_drop=1e-4)
+    kept = [row for row in artifact.measurements["tried"] if row["outcome"] == "kept"]
+    assert [row["what"] for row in kept] == ["equalization across layers"]
+    x = small.patterns(16, seed=3)[0]
+    found, real = artifact.predict(x), model(x).detach()
+    assert isinstance(found, Tensor)
+    assert float((found - real).norm() / real.norm()) < 0.02
+
+
 # ------------------------------------------------------------------------------------- 48: variances
 
 

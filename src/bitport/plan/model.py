@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -91,12 +91,17 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Immutable; steps return changed copies. `empty` quantizes nothing."""
+    """Immutable; steps return changed copies. `empty` quantizes nothing.
+
+    `rescaled`: layer → what its output channels were divided by, float64 [C], and the weights that read them multiplied
+    by (`graph.pairs`): the network computes what it did, through other weights.
+    """
 
     target: str
     edges: Mapping[Edge, str]
     ties: Mapping[str, TensorPlan]
     nodes: Mapping[str, NodePlan]
+    rescaled: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, target: str) -> Plan:
@@ -150,7 +155,7 @@ class Plan:
 
     def to_record(self) -> dict[str, Any]:
         """A JSON-able record; `from_record` gives an equal plan back."""
-        return {
+        record: dict[str, Any] = {
             "schema": 1,
             "target": self.target,
             "edges": [
@@ -163,6 +168,9 @@ class Plan:
                 for name, node in self.nodes.items()
             },
         }
+        if self.rescaled:
+            record["rescaled"] = {name: scales.tolist() for name, scales in self.rescaled.items()}
+        return record
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Plan:
@@ -180,7 +188,8 @@ class Plan:
             for node in nodes.values():
                 if any(value is not None and not isinstance(value, str) for value in vars(node).values()):
                     raise ValueError(f"{node} holds something else than text")
-            return cls(_text(record["target"]), edges, ties, nodes)
+            rescaled = {str(name): _scales(value) for name, value in record.get("rescaled", {}).items()}
+            return cls(_text(record["target"]), edges, ties, nodes, rescaled)
         except (
             FormatError,
             LookupError,
@@ -193,6 +202,13 @@ class Plan:
             raise ArtifactError(
                 f"the plan is malformed ({type(error).__name__}: {error}): make it again"
             ) from error
+
+
+def _scales(value: Any) -> torch.Tensor:
+    scales = torch.tensor(value, dtype=torch.float64)
+    if scales.dim() != 1 or not bool((torch.isfinite(scales) & (scales > 0)).all()):
+        raise ValueError("scales of channels that are no list of finite positive numbers")
+    return scales
 
 
 def _text(value: Any) -> str:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..errors import TargetError
 from ..graph import Graph
 from ..metrics import Metric
 from ..plan import Plan
+from ..plan.rescaled import counterpart
 from ..progress import Progress
 from ..simulate import Simulator
 from ..targets._base import Inspection, Target, host
@@ -69,6 +71,11 @@ class Subject:
     plan: Plan
     target: Target
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def counterpart(self) -> Graph:
+        """The reference with its scales moved as in the plan: tensor by tensor what the compressed network rounds."""
+        return counterpart(self.reference, self.plan)
 
 
 def measure(
@@ -119,7 +126,7 @@ def measure(
     record["layers"] = _layers(subject, parity.layers if parity else {}, macs)
     record["network"] = network_record(graph, plan, inspection)
     if plan.quantized:
-        record["distributions"] = distributions(subject.reference, plan, evaluation, progress)
+        record["distributions"] = distributions(subject.counterpart, plan, evaluation, progress)
         if not record["distributions"]:
             _absent(record, "distributions", "nothing is stored as integers")
     else:
@@ -178,7 +185,7 @@ def _run_task(
     if plan.quantized:
         _check_taps(subject, inspection)
         tapped = target.open(subject.folder, taps=True)
-        parity = Parity(subject.reference, plan, simulator, tapped)
+        parity = Parity(subject.counterpart, plan, simulator, tapped)
     task = TaskAccumulator(metric, max_drop)
     agreed = compared = 0
     with progress.task("verifying on " + target.name) as bar:

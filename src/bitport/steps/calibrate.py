@@ -20,6 +20,7 @@ from ..plan import Plan, TensorPlan
 from ..plan.constants import settle
 from ._base import Context
 
+RAISED = "larger scales of weights"
 MANY_BAD = 0.01  # beyond this share of non-finite values the data, not a stray sample, is at fault
 
 
@@ -37,7 +38,12 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
 
     Raises DataError when activations are mostly NaN or infinite.
     """
-    histograms = observe(graph, plan, context, options.batches)
+    return graph, measure_ranges(graph, plan, context, options.batches)
+
+
+def measure_ranges(graph: Graph, plan: Plan, context: Context, batches: int | None = None) -> Plan:
+    """The plan with the ranges of a graph's activations, and what follows from them. Raises as `run`."""
+    histograms = observe(graph, plan, context, batches)
     changed: dict[str, TensorPlan] = {}
     chosen: Counter[bool] = Counter()
     for name, tie in plan.measured().items():
@@ -59,8 +65,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     if chosen:
         reason = f"{chosen[True]} tensors symmetric, {chosen[False]} asymmetric, each by its expected error"
         context.tried.append({"what": "symmetric ranges", "outcome": "measured", "reason": reason})
-    plan = room_for_biases(graph, settle(plan.with_ties(changed)), context)
-    return graph, settle(plan)
+    return settle(room_for_biases(graph, settle(plan.with_ties(changed)), context))
 
 
 def observe(graph: Graph, plan: Plan, context: Context, batches: int | None = None) -> dict[str, Histogram]:
@@ -162,11 +167,16 @@ def room_for_biases(graph: Graph, plan: Plan, context: Context | None) -> Plan:
             raised = stored(raised, weight.format.scale, up=True)
             changed[w_name] = replace(weight, scale=raised)
             if context is not None:
-                context.notes.append(f"the scale of {w_name!r} was raised so that its bias fits into 32 bits")
+                context.notes.append(raised_note(w_name))
     if changed and context is not None:
         reason = f"the biases of {len(changed)} tensors would not fit into 32 bits"
-        context.tried.append({"what": "larger scales of weights", "outcome": "kept", "reason": reason})
+        context.tried.append({"what": RAISED, "outcome": "kept", "reason": reason})
     return plan.with_ties(changed)
+
+
+def raised_note(weight: str) -> str:
+    """What is told of a weight whose scale grew for its bias."""
+    return f"the scale of {weight!r} was raised so that its bias fits into 32 bits"
 
 
 def _largest_sum(graph: Graph, x: TensorPlan, weight: TensorPlan, scales: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -11,13 +10,12 @@ from torch import Tensor, fx
 
 from ..graph import Edge, Graph, Op
 from ..numerics.bias import analytic_bias
-from ..numerics.error import ErrorStats
 from ..plan import Plan
 from ..plan.constants import stored_values
-from ..simulate import Simulator
 from ._base import Context
+from ._judge import output_error, parted
 
-JUDGED_BATCHES = 4
+JUDGED = 256  # samples; the last quarter of them
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,10 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         _tell(context, "left out", "nothing is quantized")
         return graph, plan
     better = corrected(graph, plan, context)
-    before, after = (_error(candidate, graph, plan, context) for candidate in (graph, better))
+    _, judged = parted(context.calibration, graph, JUDGED)
+    before, after = (
+        output_error(candidate, plan, graph, context.arithmetic, judged) for candidate in (graph, better)
+    )
     found = f"error of the simulated outputs {before:.3g} without, {after:.3g} with it, on calibration data"
     if after < before:
         _tell(context, "kept", found)
@@ -94,15 +95,3 @@ def _correct(graph: Graph, plan: Plan, name: str, op: Op, mean: Tensor) -> None:
     stored = stored_values(graph, plan, weight.tensor, plan.edges[Edge(weight.tensor, name, 1)])
     old = graph.tensor(bias.tensor).detach()
     graph.set_tensor(bias.tensor, analytic_bias(old, value, stored, mean, op.attrs.get("groups", 1)))
-
-
-def _error(candidate: Graph, reference: Graph, plan: Plan, context: Context) -> float:
-    """Mean squared difference of the simulated outputs from the float network's."""
-    simulator = Simulator(candidate, plan, context.arithmetic)
-    stats = ErrorStats()
-    with torch.no_grad():
-        for batch in islice(context.calibration, JUDGED_BATCHES):
-            for real, found in zip(reference.run(*batch.inputs), simulator.run(batch.inputs), strict=True):
-                if real.is_floating_point():
-                    stats.update(real, found)
-    return stats.noise / max(1, stats.count)

@@ -60,10 +60,18 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         raise RecipeError(
             f"nothing to do: no operator of this network can run in integers ({'; '.join(reasons)})"
         )
+    return graph, fit_weights(graph, plan, context)
+
+
+def fit_weights(graph: Graph, plan: Plan, context: Context) -> Plan:
+    """The plan with the ranges of a graph's weights; what they lose is noted.
+
+    Raises FormatError, WeightsError naming the weight that its format can't hold.
+    """
     changed = {
         name: _fitted(graph, tie, context) for name, tie in plan.ties.items() if tie.source == "weight"
     }
-    return graph, plan.with_ties(changed)
+    return plan.with_ties(changed)
 
 
 def _fitted(graph: Graph, tie: TensorPlan, context: Context) -> TensorPlan:

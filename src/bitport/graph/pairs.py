@@ -1,0 +1,314 @@
+"""Where a scale per channel can move from the layer that makes a tensor into the layers that read it.
+
+Between them there may only be operators with f(s·x) = s·f(x) for each channel apart: ReLU and its leaky kin, pools,
+means over pixels, moves that keep channels together. Whatever else reads a channel (an addition, a concatenation, the
+network's output, a sigmoid) would see it scaled, and ends the search. So does a clip at one number for all channels
+(ReLU6): scaled, each channel would need a bound of its own, which no integer kernel has.
+
+Letters: C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from ..errors import GraphError
+from ..numerics.equalize import input_ranges, output_ranges, scale_inputs, scale_outputs
+from .graph import Graph
+from .match import Op
+from .products import readers
+from .shapes import Shape
+
+LAYERS = ("conv", "conv_transpose", "linear")
+NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm")
+HOMOGENEOUS = frozenset(
+    ["relu", "leaky_relu", "other:prelu", "identity", "dropout", "mul_scalar", "div_scalar", "neg"]
+)
+POOLS = frozenset(["max_pool", "avg_pool", "adaptive_avg_pool", "global_avg_pool"])
+CLIPS = frozenset(["relu6", "hardtanh", "clamp"])
+JOINS = frozenset(["add", "sub", "mul", "cat", "stack", "where", "matmul"])
+
+
+@dataclass(frozen=True)
+class End:
+    """A layer that takes a scale up. weight, bias: dotted names. vector: the weight is one factor per channel."""
+
+    name: str
+    weight: str
+    bias: str | None = None
+    groups: int = 1
+    transposed: bool = False
+    vector: bool = False
+    repeat: int = 1  # neighbouring inputs of a reader that are one channel, flattened
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A tensor whose channels can be scaled.
+
+    Attributes:
+        producer: what makes it.
+        readers: the layers that read it, each through homogeneous operators only.
+        axis: of the channels in the producer's output.
+        norm: the producer is the affine part of a normalisation, not a layer.
+    """
+
+    producer: End
+    readers: tuple[End, ...]
+    axis: int
+    norm: bool
+
+    @property
+    def name(self) -> str:
+        return self.producer.name
+
+    @property
+    def ends(self) -> tuple[End, ...]:
+        return (self.producer, *self.readers)
+
+
+class _Refused(Exception):
+    """Why a scale can't move."""
+
+
+def find(graph: Graph) -> tuple[list[Chain], dict[str, str]]:
+    """All chains in network order, and of each other layer or norm why its output can't be scaled."""
+    chains: list[Chain] = []
+    refused: dict[str, str] = {}
+    for node in graph.nodes():
+        op = graph.op(node)
+        if op.kind not in (*LAYERS, *NORMS) and not _is_gain(graph, node, op):
+            continue
+        try:
+            chains.append(_chain(graph, node, op))
+        except _Refused as why:
+            refused[graph.name(node)] = str(why)
+    return chains, refused
+
+
+def ranges(graph: Graph, chain: Chain) -> tuple[Tensor, Tensor]:
+    """Largest magnitudes of the weights that make, and of those that read each channel, float64 [C]."""
+    weight = graph.tensor(chain.producer.weight).detach()
+    if chain.producer.vector:
+        made = weight.reshape(-1).abs().double()
+    else:
+        made = output_ranges(weight, chain.producer.groups, chain.producer.transposed)
+    read = made.new_zeros(made.shape)
+    for end in chain.readers:
+        found = input_ranges(graph.tensor(end.weight), end.groups, end.transposed)
+        read = read.maximum(found.reshape(-1, end.repeat).amax(1))
+    return made, read
+
+
+def move(graph: Graph, chain: Chain, scales: Tensor) -> None:
+    """Divide the channels by `scales` [C] in place and multiply what reads them: the outputs stay what they are."""
+    made, factor = chain.producer, 1 / scales.double()
+    weight = graph.tensor(made.weight).detach()
+    if made.vector:
+        scaled = (weight.double() * factor.reshape(weight.shape)).to(weight.dtype)
+    else:
+        scaled = scale_outputs(weight, factor, made.groups, made.transposed)
+    graph.set_tensor(made.weight, scaled)
+    if made.bias is not None:
+        bias = graph.tensor(made.bias).detach()
+        graph.set_tensor(made.bias, (bias.double() * factor).to(bias.dtype))
+    for end in chain.readers:
+        wide = scales.double().repeat_interleave(end.repeat)
+        old = graph.tensor(end.weight).detach()
+        graph.set_tensor(end.weight, scale_inputs(old, wide, end.groups, end.transposed))
+
+
+def move_all(graph: Graph, scales: Mapping[str, Tensor]) -> None:
+    """Move several, by the name of their producer, in network order.
+
+    Raises GraphError for a name that isn't the producer of a chain here, or has another number of channels.
+    """
+    chains = {chain.name: chain for chain in find(graph)[0]}
+    for name, factor in scales.items():
+        if name not in chains or ranges(graph, chains[name])[0].shape != factor.shape:
+            raise GraphError(
+                f"no scale of {tuple(factor.shape)} channels can move behind {name!r} in this network: it is another "
+                "one than the scales were chosen for"
+            )
+    for name, chain in chains.items():
+        if name in scales:
+            move(graph, chain, scales[name])
+
+
+# ------------------------------------------------------------------------------------------------ the producer
+
+
+def _chain(graph: Graph, node: fx.Node, op: Op) -> Chain:
+    producer = _end(graph, node, op)
+    shape = graph.shape(node)
+    if shape is None:
+        raise _Refused("its output has no shape")
+    axis = _channel_axis(op, len(shape))
+    if _is_own_input(op):
+        raise _Refused("it reads its own weight as data")
+    found = _readers(graph, node, axis, 1)
+    if not found:
+        raise _Refused("nothing reads it")
+    if any(end.weight == producer.weight for end in found) or len({end.weight for end in found}) < len(found):
+        raise _Refused("layers around it share a weight")
+    return Chain(producer, tuple(found), axis, producer.vector)
+
+
+def _end(graph: Graph, node: fx.Node, op: Op, repeat: int = 1) -> End:
+    """The layer as one that takes a scale up. Raises _Refused where its parameters aren't its own."""
+    name = graph.name(node)
+    if op.kind == "mul":
+        gain = next(o.tensor for o in op.operands if o is not None and o.tensor is not None)
+        _own(graph, gain, name)
+        return End(name, gain, vector=True)
+    weight = op.operands[1] if len(op.operands) > 1 else None
+    bias = op.operands[2] if len(op.operands) > 2 else None
+    if weight is None or weight.tensor is None:
+        raise _Refused("it has no weights of its own to take a scale")
+    if bias is not None and bias.tensor is None:
+        raise _Refused("its bias is computed")
+    _own(graph, weight.tensor, name)
+    if bias is not None and bias.tensor is not None:
+        _own(graph, bias.tensor, name)
+    vector = op.kind in NORMS
+    if vector and graph.tensor(weight.tensor).dim() != 1:
+        raise _Refused("it normalises several axes at once")
+    return End(
+        name,
+        weight.tensor,
+        None if bias is None else bias.tensor,
+        int(op.attrs.get("groups", 1)),
+        op.kind == "conv_transpose",
+        vector,
+        repeat,
+    )
+
+
+def _own(graph: Graph, tensor: str, name: str) -> None:
+    if readers(graph, graph.tensor(tensor)) != 1:
+        raise _Refused(f"{tensor} of {name} is shared")
+
+
+def _is_gain(graph: Graph, node: fx.Node, op: Op) -> bool:
+    """x · g with one stored factor per channel of the last axis, as normalisations that are spelled out end."""
+    shape = graph.shape(node)
+    constants = [o.tensor for o in op.operands if o is not None and o.tensor is not None]
+    if op.kind != "mul" or not shape or len(op.operands) != 2 or len(constants) != 1:
+        return False
+    gain = graph.tensor(constants[0])
+    return gain.is_floating_point() and gain.dim() > 0 and gain.numel() == gain.shape[-1] == shape[-1]
+
+
+def _is_own_input(op: Op) -> bool:
+    first = op.operands[0]
+    return first is not None and any(o == first for o in op.operands[1:])
+
+
+def _channel_axis(op: Op, rank: int) -> int:
+    if op.kind in ("linear", "layer_norm", "rms_norm", "mul"):
+        return rank - 1
+    if op.kind in ("conv", "conv_transpose"):
+        return rank - int(op.attrs["ndim"]) - 1
+    return 1
+
+
+# ------------------------------------------------------------------------------------------------ what reads it
+
+
+def _readers(graph: Graph, node: fx.Node, axis: int, repeat: int) -> list[End]:
+    """The layers behind a tensor. Raises _Refused naming the first operator that isn't homogeneous."""
+    found: list[End] = []
+    for user in node.users:
+        if user.op == "output":
+            raise _Refused("it leaves the network")
+        op = graph.op(user)
+        if op.kind in ("shape", "const"):
+            continue  # they look at its size
+        name, shape = graph.name(user), graph.shape(node)
+        first = op.operands[0] if op.operands else None
+        if shape is None or first is None or first.node is not node or _is_own_input(op):
+            raise _Refused(f"{name} ({op.kind}) {_why('add')}")
+        if op.kind in LAYERS:
+            end = _end(graph, user, op, repeat)
+            wanted = int(shape[axis]) if isinstance(shape[axis], int) else -1
+            if axis != _channel_axis(op, len(shape)) or (repeat > 1 and op.kind != "linear"):
+                raise _Refused(f"{name} ({op.kind}) mixes another axis")
+            if input_ranges(graph.tensor(end.weight), end.groups, end.transposed).numel() != wanted:
+                raise _Refused(f"{name} ({op.kind}) reads other channels")
+            found.append(end)
+            continue
+        after = _through(graph, user, op, shape, axis, repeat)
+        if after is None:
+            raise _Refused(f"{name} ({op.kind}) {_why(op.kind)}")
+        found += _readers(graph, user, *after)
+    return found
+
+
+def _why(kind: str) -> str:
+    if kind in CLIPS:
+        return "clips all channels at one number: scaled, each would need a bound of its own"
+    if kind in JOINS:
+        return "joins it with other tensors"
+    return "doesn't keep a scale per channel"
+
+
+def _through(
+    graph: Graph, node: fx.Node, op: Op, shape: Shape, axis: int, repeat: int
+) -> tuple[int, int] | None:
+    """(axis, repeat) of the channels behind an operator; None where it doesn't keep a scale per channel."""
+    if op.kind in HOMOGENEOUS or (op.kind == "clamp" and _is_relu(op)):
+        return None if op.attrs.get("rounding_mode") else (axis, repeat)
+    if repeat > 1:
+        return None
+    if op.kind in POOLS:
+        return (axis, 1) if axis == len(shape) - int(op.attrs["ndim"]) - 1 else None
+    if op.kind == "resize_bilinear":
+        return (axis, 1) if axis == 1 else None
+    if op.kind == "pad":
+        padded = len(shape) - len(op.attrs["pad"]) // 2
+        zero = op.attrs["mode"] != "constant" or op.attrs["value"] in (0, None)
+        return (axis, 1) if padded > axis and zero else None
+    if op.kind in ("mean", "sum"):
+        dims = op.attrs["dim"] or ()
+        if not dims or axis in dims:
+            return None
+        return (axis if op.attrs["keepdim"] else axis - sum(dim < axis for dim in dims), 1)
+    if op.kind in ("slice", "select"):
+        gone = op.kind == "select" and op.attrs["dim"] < axis
+        return (axis - gone, 1) if op.attrs["dim"] != axis else None
+    if op.kind == "squeeze":
+        dims = op.attrs["dims"]
+        return None if dims is None or axis in dims else (axis - sum(dim < axis for dim in dims), 1)
+    if op.kind == "transpose":
+        dims = op.attrs["dims"]
+        return None if dims is None else (tuple(dims).index(axis), 1)
+    return _viewed(shape, graph.shape(node), axis) if op.kind == "view" else None
+
+
+def _is_relu(op: Op) -> bool:
+    return op.attrs.get("min") == 0 and op.attrs.get("max") is None
+
+
+def _viewed(before: Shape, after: Shape | None, axis: int) -> tuple[int, int] | None:
+    """Where a reshape puts the channels: an axis of its own, or in front of pixels that are all flattened into them."""
+    if after is None or not all(isinstance(size, int) for size in before[axis:]):
+        return None
+    channels, pixels = int(before[axis]), _volume(before[axis + 1 :])[0]
+    for place, size in enumerate(after):
+        if _volume(after[:place]) == _volume(before[:axis]):
+            if size == channels:
+                return place, 1
+            if place == len(after) - 1 and size == channels * pixels:
+                return place, pixels
+    return None
+
+
+def _volume(shape: Shape) -> tuple[int, tuple[str, ...]]:
+    """The product of a shape: its numbers multiplied, its symbols sorted."""
+    product = 1
+    for size in shape:
+        product *= size if isinstance(size, int) else 1
+    return product, tuple(sorted(size for size in shape if isinstance(size, str)))

@@ -1,0 +1,249 @@
+"""Even out channels before they are rounded: scales move between layers, and from norms into the layers behind them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import BitportError, RecipeError
+from ..graph import Graph
+from ..graph.pairs import Chain, find, move, move_all, ranges
+from ..numerics.equalize import LARGEST, layer_scales, smoothing_scales, spread
+from ..numerics.error import ErrorStats
+from ..plan import Plan
+from ._base import Context
+from ._judge import Inputs, output_error, parted
+from .calibrate import RAISED, measure_ranges, raised_note
+from .quantize import fit_weights
+
+SPREAD = 4.0  # scales of ordinary layers stay within it of their median: nothing to gain there
+SETTLED = 1.01  # two layers are even
+SWEEPS = 30  # depthwise layers pass a scale on from both sides
+FAR = 12.0  # normal numbers reach five times a norm's usual gain; far beyond is a channel of outliers
+SAMPLES = 256  # to learn norms' scales from and to judge by, a quarter of them
+SAME = 1e-4  # relative; float32 rounds each weight once more
+
+LAYERS, NORMS = "equalization across layers", "scales moved out of norms"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Knobs of `equalize`.
+
+    smooth: also move scales from norms into the layers that read them. alpha: how much of the activations' spread goes
+    into the weights there, from 0 to 1. batches: as `calibrate`, which runs again.
+    """
+
+    smooth: bool = True
+    alpha: float = 0.5
+    batches: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"alpha is {self.alpha}; expected a number from 0 to 1")
+
+
+def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[Graph, Plan]:
+    """Move scales per channel where their ranges differ much (Nagel et al. 2019, Xiao et al. 2023).
+
+    The float function stays; weights are fitted and activations measured again, for the same formats. Layers and norms
+    are tried one after the other: the result is compared with what it was made of on calibration batches that the
+    scales haven't seen, and the better is kept, said in `tried`. Where ranges are alike nothing runs.
+
+    Raises GraphError before `calibrate`.
+    """
+    if not plan.quantized:
+        _tell(context, LAYERS, "left out", "nothing is quantized")
+        return graph, plan
+    for tie in plan.measured().values():
+        tie.parameters()
+    chains, refused = find(graph)
+    chains = [chain for chain in chains if _is_rounded(chain, plan)]
+    layers = [chain for chain in chains if not chain.norm]
+    norms = [chain for chain in chains if chain.norm and options.smooth]
+    if not layers and not norms:
+        _tell(context, LAYERS, "left out", f"no scale can move: {_reasons(refused)}")
+        return graph, plan
+    if any(_spread(graph, chain) >= SPREAD for chain in layers):
+        graph, plan = _kept(LAYERS, graph, plan, _even(graph, layers), context, options)
+    elif layers:
+        _tell(context, LAYERS, "left out", _alike(len(layers), "pairs of layers"))
+    uneven = [chain for chain in norms if _has_outliers(graph, plan, chain)]
+    if uneven:
+        graph, plan = _kept(NORMS, graph, plan, None, context, options, uneven)
+    elif norms:
+        _tell(context, NORMS, "left out", _alike(len(norms), "norms"))
+    return graph, plan
+
+
+# ------------------------------------------------------------------------------------------------ which scales
+
+
+def _is_rounded(chain: Chain, plan: Plan) -> bool:
+    return any(plan.node(end.name).kernel is not None for end in chain.ends)
+
+
+def _spread(graph: Graph, chain: Chain) -> float:
+    return spread(layer_scales(*ranges(graph, chain)))
+
+
+def _has_outliers(graph: Graph, plan: Plan, chain: Chain) -> bool:
+    """Whether a norm's gains are far apart, or its measured range is far beyond what they explain."""
+    gain = ranges(graph, chain)[0]
+    alive = gain[gain > 0]
+    if not alive.numel():
+        return False
+    if float(alive.max() / alive.median()) >= SPREAD:
+        return True
+    name = plan.tie_of(chain.name)
+    if name is None or plan.ties[name].scale is None or plan.ties[name].format.is_float:
+        return False
+    scale, zero_point = plan.ties[name].parameters()
+    fmt = plan.ties[name].format
+    reach = float(scale) * max(fmt.high - int(zero_point), int(zero_point) - fmt.low)
+    return reach >= FAR * float(alive.median())
+
+
+def _even(graph: Graph, chains: Sequence[Chain]) -> dict[str, Tensor]:
+    """The scales after which both sides of every spread pair have one range, float64 [C] by producer.
+
+    Pairs share depthwise layers, so they take turns until nothing moves.
+    """
+    twin = graph.clone()
+    found: dict[str, Tensor] = {}
+    for _ in range(SWEEPS):
+        still = True
+        for chain in chains:
+            scales = layer_scales(*ranges(twin, chain))
+            if spread(scales) < (SETTLED if chain.name in found else SPREAD):
+                continue
+            move(twin, chain, scales)
+            found[chain.name] = found.get(chain.name, torch.ones_like(scales)) * scales
+            still = False
+        if still:
+            break
+    return {name: scales.clamp(1 / LARGEST, LARGEST) for name, scales in found.items()}
+
+
+def _smooth(
+    graph: Graph, chains: Sequence[Chain], context: Context, batches: Sequence[Inputs], alpha: float
+) -> dict[str, Tensor]:
+    """The scales that divide norms' outputs, from their largest magnitudes on some batches."""
+    by_node = {graph.node(chain.name): chain for chain in chains}
+    seen: dict[str, Tensor] = {}
+
+    def look(node: fx.Node, value: Any) -> None:
+        if node in by_node:
+            chain = by_node[node]
+            largest = value.detach().movedim(chain.axis, 0).flatten(1).abs().amax(1).double().cpu()
+            seen[chain.name] = torch.maximum(seen.get(chain.name, largest), largest)
+
+    run = context.float_pass(graph)
+    with torch.no_grad():
+        for inputs in batches:
+            run(inputs, look)
+    return {
+        chain.name: smoothing_scales(seen[chain.name], ranges(graph, chain)[1], alpha) for chain in chains
+    }
+
+
+# ------------------------------------------------------------------------------------------------ which is better
+
+
+def _kept(
+    what: str,
+    graph: Graph,
+    plan: Plan,
+    scales: dict[str, Tensor] | None,
+    context: Context,
+    options: Options,
+    norms: Sequence[Chain] = (),
+) -> tuple[Graph, Plan]:
+    """The graph and plan with the scales moved, or those that were given: whichever errs less."""
+    learnt, judged = parted(context.calibration, graph, SAMPLES)
+    if scales is None:
+        scales = _smooth(graph, norms, context, learnt, options.alpha)
+    moved = graph.clone()
+    move_all(moved, scales)
+    change = _change(graph, moved, judged[0])
+    if not change <= SAME:
+        _tell(context, what, "left out", f"float32 can't hold it: outputs would change by {change:.1e}")
+        return graph, plan
+    scratch = replace(context, notes=[], tried=[])
+    try:
+        before = output_error(graph, plan, graph, context.arithmetic, judged)
+        fresh = replace(plan, rescaled=_joined(plan.rescaled, scales))
+        fresh = measure_ranges(moved, fit_weights(moved, fresh, scratch), scratch, options.batches)
+        after = output_error(moved, fresh, graph, context.arithmetic, judged)
+    except BitportError as error:
+        _tell(context, what, "left out", f"its weights or activations can't be stored: {error}")
+        return graph, plan
+    found = (
+        f"error of the simulated outputs {before:.3g} without, {after:.3g} with it, on calibration data held back; "
+        f"scales behind {len(scales)} layers"
+    )
+    if not after < before:
+        _tell(context, what, "left out", found)
+        return graph, plan
+    _supersede(graph, plan, context, scratch)
+    _tell(context, what, "kept", found)
+    context.notes.append(f"{what} lowered the output error from {before:.3g} to {after:.3g}")
+    return moved, fresh
+
+
+def _joined(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {**old, **{name: scales * old.get(name, 1.0) for name, scales in new.items()}}
+
+
+def _change(graph: Graph, moved: Graph, inputs: Sequence[Tensor]) -> float:
+    """‖moved − float‖ / ‖float‖ over all outputs."""
+    stats = ErrorStats()
+    with torch.no_grad():
+        for real, found in zip(graph.run(*inputs), moved.run(*inputs), strict=True):
+            if real.is_floating_point():
+                stats.update(real, found)
+    return 0.0 if stats.noise == 0 else (stats.noise / stats.signal) ** 0.5 if stats.signal else float("inf")
+
+
+def _supersede(graph: Graph, plan: Plan, context: Context, fresh: Context) -> None:
+    """What was told of the ranges that are gone goes; what was found of the new ones comes instead."""
+    old = replace(context, notes=[], tried=[])
+    fit_weights(graph, plan, old)
+    gone = {*old.notes, *map(raised_note, plan.ties)}
+    context.notes[:] = [note for note in context.notes if note not in gone]
+    context.notes += [note for note in fresh.notes if note not in context.notes]
+    context.tried[:] = [row for row in context.tried if row["what"] != RAISED]
+    context.tried += [row for row in fresh.tried if row not in context.tried]
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def _tell(context: Context, what: str, outcome: str, reason: str) -> None:
+    context.tried.append({"what": what, "outcome": outcome, "reason": reason})
+
+
+def _alike(count: int, of: str) -> str:
+    return f"ranges are alike: the channels of {count} {of} lie within {SPREAD:g} times of their median"
+
+
+def _reasons(refused: dict[str, str]) -> str:
+    """The most frequent reasons, each with the first layer that has it."""
+    if not refused:
+        return "no layer or norm has another layer behind it"
+    kinds = Counter(_kind(why) for why in refused.values()).most_common(3)
+    return "; ".join(f"behind {_first(refused, kind)}" for kind, _ in kinds)
+
+
+def _kind(why: str) -> str:
+    return why.partition(") ")[2] or why
+
+
+def _first(refused: dict[str, str], kind: str) -> str:
+    name, why = next((name, why) for name, why in refused.items() if _kind(why) == kind)
+    return f"{name!r} {why}"
