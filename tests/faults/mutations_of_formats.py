@@ -187,4 +187,40 @@ MUTATIONS = (
         "",
         "tests/proof/test_preflight.py::test_what_is_left_is_the_least_of_machine_group_and_limit",
     ),
+    # ------------------------------------------------------------------------------------- moved scales
+    Mutation(
+        "scales move out of a layer only if its weights are its own",
+        "graph/pairs.py",
+        "    if uses[id(graph.tensor(tensor))] != 1:\n",
+        "    if False:\n",
+        "tests/graph/test_pairs.py::test_tied_parameters_are_left_alone",
+    ),
+    Mutation(
+        "scales that change the float function are left out",
+        "steps/equalize.py",
+        "    if not change <= SAME:\n",
+        "    if False:\n",
+        "tests/steps/test_equalize.py::test_a_change_of_the_float_function_is_refused",
+    ),
+    Mutation(
+        "scales that don't help are left out",
+        "steps/equalize.py",
+        "    if not after < before:\n",
+        "    if False:\n",
+        "tests/steps/test_equalize.py::test_a_candidate_that_errs_more_leaves_nothing_behind",
+    ),
+    Mutation(
+        "the proof looks at the weights behind moved scales",
+        "plan/rescaled.py",
+        "    if not plan.rescaled:\n",
+        "    if True:\n",
+        "tests/plan/test_rescaled.py::test_the_counterpart_computes_the_same_through_other_weights",
+    ),
+    Mutation(
+        "scales of a plan are finite and positive",
+        "plan/model.py",
+        "    if scales.dim() != 1 or not bool((torch.isfinite(scales) & (scales > 0)).all()):\n",
+        "    if False:\n",
+        "tests/plan/test_rescaled.py::test_forged_scales_are_refused",
+    ),
 )

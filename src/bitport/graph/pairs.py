@@ -10,6 +10,7 @@ Letters: C channels.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,6 @@ from ..errors import GraphError
 from ..numerics.equalize import input_ranges, output_ranges, scale_inputs, scale_outputs
 from .graph import Graph
 from .match import Op
-from .products import readers
 from .shapes import Shape
 
 LAYERS = ("conv", "conv_transpose", "linear")
@@ -70,12 +70,21 @@ class Chain:
         return (self.producer, *self.readers)
 
 
+# how many operands are one tensor, by its identity: under whatever name it is tied
+Uses = Counter[int]
+
+
 class _Refused(Exception):
     """Why a scale can't move."""
 
 
 def find(graph: Graph) -> tuple[list[Chain], dict[str, str]]:
     """All chains in network order, and of each other layer or norm why its output can't be scaled."""
+    uses: Uses = Counter()
+    for node in graph.nodes():
+        for operand in graph.op(node).operands:
+            if operand is not None and operand.tensor is not None:
+                uses[id(graph.tensor(operand.tensor))] += 1
     chains: list[Chain] = []
     refused: dict[str, str] = {}
     for node in graph.nodes():
@@ -83,7 +92,7 @@ def find(graph: Graph) -> tuple[list[Chain], dict[str, str]]:
         if op.kind not in (*LAYERS, *NORMS) and not _is_gain(graph, node, op):
             continue
         try:
-            chains.append(_chain(graph, node, op))
+            chains.append(_chain(graph, uses, node, op))
         except _Refused as why:
             refused[graph.name(node)] = str(why)
     return chains, refused
@@ -141,15 +150,15 @@ def move_all(graph: Graph, scales: Mapping[str, Tensor]) -> None:
 # ------------------------------------------------------------------------------------------------ the producer
 
 
-def _chain(graph: Graph, node: fx.Node, op: Op) -> Chain:
-    producer = _end(graph, node, op)
+def _chain(graph: Graph, uses: Uses, node: fx.Node, op: Op) -> Chain:
+    producer = _end(graph, uses, node, op)
     shape = graph.shape(node)
     if shape is None:
         raise _Refused("its output has no shape")
     axis = _channel_axis(op, len(shape))
     if _is_own_input(op):
         raise _Refused("it reads its own weight as data")
-    found = _readers(graph, node, axis, 1)
+    found = _readers(graph, uses, node, axis, 1)
     if not found:
         raise _Refused("nothing reads it")
     if any(end.weight == producer.weight for end in found) or len({end.weight for end in found}) < len(found):
@@ -157,12 +166,12 @@ def _chain(graph: Graph, node: fx.Node, op: Op) -> Chain:
     return Chain(producer, tuple(found), axis, producer.vector)
 
 
-def _end(graph: Graph, node: fx.Node, op: Op, repeat: int = 1) -> End:
+def _end(graph: Graph, uses: Uses, node: fx.Node, op: Op, repeat: int = 1) -> End:
     """The layer as one that takes a scale up. Raises _Refused where its parameters aren't its own."""
     name = graph.name(node)
     if op.kind == "mul":
         gain = next(o.tensor for o in op.operands if o is not None and o.tensor is not None)
-        _own(graph, gain, name)
+        _own(graph, uses, gain, name)
         return End(name, gain, vector=True)
     weight = op.operands[1] if len(op.operands) > 1 else None
     bias = op.operands[2] if len(op.operands) > 2 else None
@@ -170,9 +179,9 @@ def _end(graph: Graph, node: fx.Node, op: Op, repeat: int = 1) -> End:
         raise _Refused("it has no weights of its own to take a scale")
     if bias is not None and bias.tensor is None:
         raise _Refused("its bias is computed")
-    _own(graph, weight.tensor, name)
+    _own(graph, uses, weight.tensor, name)
     if bias is not None and bias.tensor is not None:
-        _own(graph, bias.tensor, name)
+        _own(graph, uses, bias.tensor, name)
     vector = op.kind in NORMS
     if vector and graph.tensor(weight.tensor).dim() != 1:
         raise _Refused("it normalises several axes at once")
@@ -187,8 +196,8 @@ def _end(graph: Graph, node: fx.Node, op: Op, repeat: int = 1) -> End:
     )
 
 
-def _own(graph: Graph, tensor: str, name: str) -> None:
-    if readers(graph, graph.tensor(tensor)) != 1:
+def _own(graph: Graph, uses: Uses, tensor: str, name: str) -> None:
+    if uses[id(graph.tensor(tensor))] != 1:
         raise _Refused(f"{tensor} of {name} is shared")
 
 
@@ -218,7 +227,7 @@ def _channel_axis(op: Op, rank: int) -> int:
 # ------------------------------------------------------------------------------------------------ what reads it
 
 
-def _readers(graph: Graph, node: fx.Node, axis: int, repeat: int) -> list[End]:
+def _readers(graph: Graph, uses: Uses, node: fx.Node, axis: int, repeat: int) -> list[End]:
     """The layers behind a tensor. Raises _Refused naming the first operator that isn't homogeneous."""
     found: list[End] = []
     for user in node.users:
@@ -232,7 +241,7 @@ def _readers(graph: Graph, node: fx.Node, axis: int, repeat: int) -> list[End]:
         if shape is None or first is None or first.node is not node or _is_own_input(op):
             raise _Refused(f"{name} ({op.kind}) {_why('add')}")
         if op.kind in LAYERS:
-            end = _end(graph, user, op, repeat)
+            end = _end(graph, uses, user, op, repeat)
             wanted = int(shape[axis]) if isinstance(shape[axis], int) else -1
             if axis != _channel_axis(op, len(shape)) or (repeat > 1 and op.kind != "linear"):
                 raise _Refused(f"{name} ({op.kind}) mixes another axis")
@@ -243,7 +252,7 @@ def _readers(graph: Graph, node: fx.Node, axis: int, repeat: int) -> list[End]:
         after = _through(graph, user, op, shape, axis, repeat)
         if after is None:
             raise _Refused(f"{name} ({op.kind}) {_why(op.kind)}")
-        found += _readers(graph, user, *after)
+        found += _readers(graph, uses, user, *after)
     return found
 
 

@@ -35,24 +35,24 @@ def output_ranges(weight: Tensor, groups: int = 1, transposed: bool = False) -> 
 
     Raises WeightsError where the channels are no multiple of the groups.
     """
-    return _grouped(weight, groups, transposed).abs().amax((2, 3)).reshape(-1)
+    return _grouped(weight, groups, transposed).abs().amax((2, 3)).reshape(-1).double()
 
 
 def input_ranges(weight: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
     """The same of each input channel, float64 [I]."""
-    return _grouped(weight, groups, transposed).abs().amax((1, 3)).reshape(-1)
+    return _grouped(weight, groups, transposed).abs().amax((1, 3)).reshape(-1).double()
 
 
 def scale_outputs(weight: Tensor, factor: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
     """The weight with each output channel times its factor [O], computed in float64; shape and type stay."""
     grouped = _grouped(weight, groups, transposed)
-    return _restored(grouped * factor.double().reshape(groups, -1, 1, 1), weight, transposed)
+    return _restored(grouped.double() * factor.double().reshape(groups, -1, 1, 1), weight, transposed)
 
 
 def scale_inputs(weight: Tensor, factor: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
     """The weight with each input channel times its factor [I], computed in float64; shape and type stay."""
     grouped = _grouped(weight, groups, transposed)
-    return _restored(grouped * factor.double().reshape(groups, 1, -1, 1), weight, transposed)
+    return _restored(grouped.double() * factor.double().reshape(groups, 1, -1, 1), weight, transposed)
 
 
 def layer_scales(made: Tensor, read: Tensor) -> Tensor:
@@ -104,13 +104,13 @@ def _settled(first: Tensor, second: Tensor, alpha: float) -> Tensor:
 
 
 def _grouped(weight: Tensor, groups: int, transposed: bool) -> Tensor:
-    """[G, O/G, I/G, K] in float64."""
+    """[G, O/G, I/G, K]."""
     rows = weight.shape[0] if weight.dim() >= 2 else 0
     if weight.dim() < 2 or groups < 1 or rows % groups or not weight.numel():
         raise WeightsError(
             f"a weight of shape {tuple(weight.shape)} has no channels in {groups} groups: it can't be scaled by channel"
         )
-    wide = weight.detach().double().reshape(groups, rows // groups, weight.shape[1], -1)
+    wide = weight.detach().reshape(groups, rows // groups, weight.shape[1], -1)
     return wide.transpose(1, 2) if transposed else wide
 
 

@@ -1,7 +1,8 @@
 """Where the numbers of each tensor lie, and what its range cuts off: weights and activations as small histograms.
 
-Weights are the float network's own; activations come from a float pass over the first evaluation samples, so that
-what is clipped there is what the range, chosen on other data, really costs. Streams: only counts are kept.
+Weights are the float network's own, with the scales that a step moved between them; activations come from a float
+pass over the first evaluation samples, so that what is clipped there is what the range, chosen on other data, really
+costs. Streams: only counts are kept.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def distributions(
     """Histograms of every weight and activation that the plan stores as integers, in network order.
 
     Args:
-        reference: the float network, folded, with its original weights.
+        reference: the float network, folded, its scales moved as in the plan, nothing rounded.
         plan: a plan whose parameters are all known.
         evaluation: the first batches are used, until `SAMPLES` samples were seen.
 

@@ -62,7 +62,7 @@ class Parity:
     """Accumulates over batches.
 
     Args:
-        reference: the float network, folded, with its original weights.
+        reference: the float network, folded, its scales moved as in the plan, nothing rounded.
         graph, plan: the compressed network.
         simulator: of `graph` and `plan` with the runtime's arithmetic.
         session: the runtime's, opened with taps.

@@ -134,7 +134,8 @@ def _smooth(
     graph: Graph, chains: Sequence[Chain], context: Context, batches: Sequence[Inputs], alpha: float
 ) -> dict[str, Tensor]:
     """The scales that divide norms' outputs, from their largest magnitudes on some batches."""
-    by_node = {graph.node(chain.name): chain for chain in chains}
+    by_name = {chain.name: chain for chain in chains}
+    by_node = {node: by_name[graph.name(node)] for node in graph.nodes() if graph.name(node) in by_name}
     seen: dict[str, Tensor] = {}
 
     def look(node: fx.Node, value: Any) -> None:
