@@ -12,6 +12,7 @@ from tests.spread import Separable, rescale
 
 import bitport
 from bitport import Recipe
+from bitport.checkpoint import Checkpoint, State
 from bitport.numerics.error import ErrorStats
 from bitport.recipe.model import StepSpec
 
@@ -103,3 +104,20 @@ def test_the_same_call_gives_the_same_bytes(tmp_path: Path) -> None:
     first, second = (small.content(tmp_path / name) for name in ("a", "b"))
     for file in ("plan.json", "graph.pt2", "statistics.safetensors", "recipe.toml"):
         assert first[file] == second[file], file
+
+
+def test_a_checkpoint_keeps_the_scales(tmp_path: Path) -> None:
+    artifact = compressed(tmp_path / "out")
+    checkpoint = Checkpoint(tmp_path / "later", dict)
+    checkpoint.save(State(4, artifact.graph, artifact.plan, (), {}))
+    found = checkpoint.resume()
+    assert found is not None and found.plan.rescaled.keys() == artifact.plan.rescaled.keys()
+    for name, scales in artifact.plan.rescaled.items():
+        assert torch.equal(found.plan.rescaled[name], scales)
+
+
+def test_in_front_of_quantize_it_does_nothing_and_plain_rounding_is_still_compared(tmp_path: Path) -> None:
+    early = Recipe((STEPS[0], StepSpec("equalize"), *STEPS[1:]), name="early")
+    artifact = compressed(tmp_path / "out", recipe=early)
+    assert artifact.measurements["tried"][0]["reason"] == "nothing is quantized"
+    assert artifact.measurements["plain"] is not None and not artifact.plan.rescaled
