@@ -21,6 +21,7 @@ from bitport.targets import _base
 from bitport.targets.onnxruntime import OnnxRuntime, table
 
 Linear = nn.Linear
+FLOAT = {"format": "float32"}
 
 
 def within_a_step(prepared: Prepared, shipped: Shipped) -> None:
@@ -202,3 +203,22 @@ def test_bad_options_and_bad_files(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"rubbish")
     with pytest.raises(TargetError, match=r"can't load model\.onnx"):
         OnnxRuntime().open(tmp_path)
+
+
+@pytest.mark.parametrize("clamp", [nn.ReLU, nn.ReLU6])
+@pytest.mark.parametrize("wanted", ["float32", "int16"])
+def test_weights_of_a_float_layer_stay_float_where_its_relu_is_rounded(
+    clamp: type[nn.Module], wanted: str
+) -> None:
+    # the runtime drops the relu in front of a quantize, and rounds the weights of the layer that it finds there
+    net = Net(lambda m, x: m.c(m.r(m.b(F.relu(m.a(x))))), a=conv(), b=conv(8, 8), r=clamp(), c=conv(8, 4))
+    with torch.no_grad():
+        net.b.weight[0] *= 50  # with one scale for all, little is left of the other channels
+    words = {"format": wanted}
+    keep = [
+        Override(match=name, weights=FLOAT if wanted == "float32" else None, activations=words)
+        for name in ("b", "r")
+    ]
+    prepared = prepare(net, [images(8)], overrides=keep)
+    record = ship(prepared, images(8)).record
+    assert record["exact_share"] > 0.999 and record["max_steps"] <= 1, record

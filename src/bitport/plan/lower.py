@@ -20,6 +20,7 @@ from ..graph import Edge, Graph, Op, Operand
 from ..graph.reading import made_by, present, producer_name
 from ..graph.simplify import CONTRACTIONS
 from .constants import constant_integers, is_plain
+from .decisions import CLAMPS
 from .model import NodePlan, Plan
 from .ops import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC, code_type
 from .stored import StoredWeights
@@ -28,8 +29,11 @@ BYTE = 8  # bits
 QUANTIZED = "/q"  # suffix of a quantized tensor's name in a model file
 # Kinds that are fused with the dequantize in front of them alone: a barrier behind them comes too late.
 FUSED_WITHOUT_QUANTIZE = frozenset({"matmul"})
-# Moves that a runtime's optimizer swaps with a quantize, and so fuses what is in front of them.
-LOOKED_THROUGH = frozenset({"view", "transpose", "squeeze", "unsqueeze", "expand", "slice", "select"})
+# Moves that a runtime's optimizer swaps with a quantize, and clamps that it drops in front of one: so it fuses what is
+# before them.
+LOOKED_THROUGH = frozenset(
+    {"view", "transpose", "squeeze", "unsqueeze", "expand", "slice", "select", *CLAMPS}
+)
 CONVOLUTIONS: dict[tuple[str, int], Callable[..., Tensor]] = {
     ("conv", 1): torch.ops.aten.conv1d.default,
     ("conv", 2): torch.ops.aten.conv2d.default,
