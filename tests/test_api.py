@@ -228,7 +228,9 @@ def test_a_recipe_is_a_name_or_a_path(tmp_path: Path) -> None:
 def test_the_stored_recipe_is_explicit_and_makes_the_same_again(tmp_path: Path) -> None:
     first = small.compressed(tmp_path / "first", effort="best")
     uses = [step.use for step in first.recipe.steps]
-    assert uses == ["fold", "quantize", "calibrate", "gptq", "correct_bias"]
+    assert uses == [
+        "fold", "quantize", "calibrate", "equalize", "reconstruct", "gptq", "correct_bias",
+    ]  # fmt: skip
     again = small.compressed(tmp_path / "again", recipe=first.path / "recipe.toml")
     for name in ("plan.json", "graph.pt2", "recipe.toml"):
         assert (first.path / name).read_bytes() == (again.path / name).read_bytes(), name
@@ -238,9 +240,13 @@ def test_the_stored_recipe_is_explicit_and_makes_the_same_again(tmp_path: Path) 
 def test_effort_adds_steps(tmp_path: Path, effort: str, corrected: bool) -> None:
     artifact = small.compressed(tmp_path / "out", effort=effort)
     record = artifact.measurements
-    assert [step.use for step in artifact.recipe.steps][3:] == ["gptq", "correct_bias"] * corrected
+    assert [step.use for step in artifact.recipe.steps][3:] == [
+        "equalize",
+        "gptq",
+        "correct_bias",
+    ] * corrected
     assert any("bias correction" in note for note in record["notes"]) == corrected
-    assert len(record["seconds.steps"]) == 3 + 2 * corrected
+    assert len(record["seconds.steps"]) == 3 + 3 * corrected
     assert any(row["what"] == "GPTQ" for row in record["tried"]) == corrected
     assert record["parity.local"]["exact_share"] == 1.0
 

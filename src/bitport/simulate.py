@@ -129,6 +129,10 @@ class Run:
         for source in self.s._last.get(node, ()):
             self.values.pop(source, None)
 
+    def value(self, node: fx.Node) -> Any:
+        """What a node left for those that read floats, while somebody still reads it."""
+        return self._float(node)
+
     def read(self, node: fx.Node, slot: int) -> Tensor:
         """What an operator's kernel reads as an operand, as numbers; before `step` of that operator."""
         operand = self.graph.op(node).operands[slot]

@@ -110,8 +110,8 @@ MUTATIONS = (
     Mutation(
         "a result of GPTQ that is worse is not kept",
         "steps/gptq.py",
-        "    if after < before:\n",
-        "    if True:\n",
+        "        if after < best:\n",
+        "        if True:\n",
         "tests/steps/test_gptq.py::test_a_result_that_is_worse_is_left_out",
     ),
     Mutation(
@@ -127,6 +127,20 @@ MUTATIONS = (
         "        return None if bool((raised <= 2.0**-100).all()) else by_rows(raised, rows)\n",
         "        return None\n",
         "tests/steps/test_gptq.py::test_a_bias_that_needs_coarse_scales_keeps_them",
+    ),
+    Mutation(
+        "a block that was learned to no gain stays as it was",
+        "steps/reconstruct.py",
+        "            if not bool(torch.isfinite(loss.detach())):\n",
+        "            if False:\n",
+        "tests/steps/test_reconstruct.py::test_a_block_that_diverges_stays_as_it_was",
+    ),
+    Mutation(
+        "what was learned is kept only where GPTQ is further",
+        "steps/reconstruct.py",
+        "    return learned if kept else solved\n",
+        "    return learned\n",
+        "tests/steps/test_reconstruct.py::test_the_better_of_it_and_gptq_is_kept",
     ),
     # ------------------------------------------------------------------------------------- words, callables
     Mutation(

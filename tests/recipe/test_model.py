@@ -206,7 +206,7 @@ class TestWriting:
         )
 
 
-FULL = ["fold", "quantize", "calibrate", "gptq", "correct_bias"]
+FULL = ["fold", "quantize", "calibrate", "equalize", "gptq", "correct_bias"]
 
 
 class TestExpand:
@@ -240,29 +240,33 @@ class TestExpand:
         monkeypatch.syspath_prepend(str(tmp_path))
         import their_step  # type: ignore[import-not-found]
 
-        added = ("correct_bias", "gptq")
+        added = ("correct_bias", "equalize", "gptq", "reconstruct")
         monkeypatch.setattr(
             registry, "get", lambda kind, name: their_step if name in added else have(kind, name)
         )
 
-    @pytest.mark.parametrize("effort", ["balanced", "best"])
     @pytest.mark.parametrize(
         ("steps", "expected"),
         [
             (["quantize"], FULL),
-            (["quantize", "calibrate", "gptq"], FULL),
+            (["quantize", "calibrate", "gptq"], ["fold", "quantize", "calibrate", "equalize", "gptq", "correct_bias"]),
             (["quantize", "gptq", "calibrate"],
-             ["fold", "quantize", "gptq", "calibrate", "gptq", "correct_bias"]),
+             ["fold", "quantize", "gptq", "calibrate", "equalize", "gptq", "correct_bias"]),
             (["quantize", "correct_bias"], FULL),
             (["quantize", "calibrate", "gptq", "correct_bias"], FULL),
         ],
     )  # fmt: skip
-    def test_more_effort_adds_steps(
-        self, more_steps: None, effort: str, steps: list[str], expected: list[str]
+    def test_balanced_effort_adds_steps(
+        self, more_steps: None, steps: list[str], expected: list[str]
     ) -> None:
-        expanded = chain(*steps, effort=effort).expand()
+        expanded = chain(*steps, effort="balanced").expand()
         assert uses(expanded) == expected
-        assert expanded.expand(effort) == expanded
+        assert expanded.expand("balanced") == expanded
+
+    def test_best_effort_learns_before_it_solves(self, more_steps: None) -> None:
+        expanded = chain("quantize", effort="best").expand()
+        assert uses(expanded) == [*FULL[:4], "reconstruct", *FULL[4:]]
+        assert expanded.expand("best") == expanded
 
     def test_the_caller_wins(self, more_steps: None) -> None:
         assert uses(chain("quantize", effort="best").expand("fast")) == ["fold", "quantize", "calibrate"]

@@ -79,6 +79,19 @@ def fake_quantize(
     return value + (passed - passed.detach())
 
 
+def fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    """`dequantize(quantize(x))` whose scale trains, too: float32, shape of x.
+
+    The gradient of rounding is 1; so the scale's is rne(x/s) − x/s inside the range and the end's code beyond it
+    (Esser et al. 2020, arXiv:1902.08153, learned step size quantization).
+
+    Args:
+        scale: 0-d float32, above 0. zero_point: 0-d int32, a constant.
+    """
+    steps = (x / scale).clamp(low - int(zero_point), high - int(zero_point))
+    return (steps + (steps.round() - steps).detach()) * scale
+
+
 def qparams(minimum: Tensor, maximum: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """The scale and zero point that store the real range [minimum, maximum] in `fmt`.
 

@@ -34,8 +34,8 @@ MAX_DOTS = 1000
 BEFORE_QUANTIZE = ("fold",)
 AFTER_QUANTIZE = {
     "fast": ("calibrate",),
-    "balanced": ("calibrate", "gptq", "correct_bias"),
-    "best": ("calibrate", "gptq", "correct_bias"),
+    "balanced": ("calibrate", "equalize", "gptq", "correct_bias"),
+    "best": ("calibrate", "equalize", "reconstruct", "gptq", "correct_bias"),
 }
 DEFAULT_EFFORT = "fast"
 
@@ -212,8 +212,8 @@ class Recipe:
     def expand(self, effort: str | None = None) -> Recipe:
         """The recipe with all its steps spelled out; expanding again changes nothing.
 
-        `effort` wins over the recipe's own, which wins over "fast". A `quantize` step gets `fold` somewhere
-        before it and `calibrate` (from "balanced" on also `gptq` and `correct_bias`) after it, unless they are there.
+        `effort` wins over the recipe's own, which wins over "fast". A `quantize` step gets `fold` somewhere before it
+        and after it what `AFTER_QUANTIZE` lists, unless they are there.
         Raises UnknownName for an effort or a step that isn't known.
         """
         chosen = effort or self.effort or DEFAULT_EFFORT

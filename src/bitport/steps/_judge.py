@@ -32,14 +32,25 @@ def parted(calibration: Source, graph: Graph, samples: int) -> tuple[list[Inputs
     held = len(found) // HELD or int(len(found) > 1)
     if held:
         return found[:-held], found[-held:]
-    shapes = [spec.shape for spec in graph.inputs]
-    axis = shapes[0][0] if shapes and shapes[0] else None
-    if len(found) == 1 and isinstance(axis, str) and all(shape and shape[0] == axis for shape in shapes):
+    if len(found) == 1 and _has_batches(graph):
         count = len(found[0][0])
         cut = count - (count // HELD or int(count > 1))
         if 0 < cut < count:
             return [tuple(x[:cut] for x in found[0])], [tuple(x[cut:] for x in found[0])]
     return found, found
+
+
+def split_batches(batches: Sequence[Inputs], graph: Graph, size: int) -> list[Inputs]:
+    """The same samples in batches of at most `size`, where all inputs share a batch axis."""
+    if not _has_batches(graph):
+        return list(batches)
+    return [part for batch in batches for part in zip(*(torch.split(x, size) for x in batch), strict=True)]
+
+
+def _has_batches(graph: Graph) -> bool:
+    shapes = [spec.shape for spec in graph.inputs]
+    axis = shapes[0][0] if shapes and shapes[0] else None
+    return isinstance(axis, str) and all(shape and shape[0] == axis for shape in shapes)
 
 
 def output_error(

@@ -19,8 +19,8 @@ from ..numerics.grid import Grid
 from ..numerics.hessian import InputMoments, damped, patches, shifted, spread_evenly
 from ..plan import Plan, TensorPlan
 from ..plan.constants import grid_of, settle
-from ..simulate import Arithmetic, Run, Simulator
 from . import correct_bias
+from ._abreast import Abreast
 from ._base import Context
 from ._judge import Inputs, output_error, parted
 from .calibrate import room_for_biases
@@ -84,9 +84,9 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     says more than is true, moving weights before they are rounded (`shift`) does harm: without a plain gain it is
     tried again without.
     """
-    layers, left = _layers(graph, plan, options)
+    layers, left = layers_of(graph, plan, options)
     for reason, names in left.items():
-        context.tried.append({"what": WHAT, "outcome": "left out", "reason": f"{_listed(names)}: {reason}"})
+        context.tried.append({"what": WHAT, "outcome": "left out", "reason": f"{listed(names)}: {reason}"})
     if not layers:
         return graph, plan
     fit, held = parted(context.calibration, graph, options.samples)
@@ -98,9 +98,9 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     before = best = min(error(graph, plan), error(corrected, plan))
     kept, samples = (graph, plan), sum(len(x[0]) if x[0].dim() else 1 for x in held)
     for share in dict.fromkeys((options.shift, 0.0)):
-        solving = _Solving(graph, plan, context, replace(options, shift=share), layers)
+        solving = _Solving(graph, plan, context, replace(options, shift=share), layers, fit)
         with context.progress.task("solving for weights", len(layers)) as task, torch.no_grad():
-            found = solving.run(fit, task.advance)
+            found = solving.run(task.advance)
         after = error(*found)
         outcome = "kept" if after < best else "left out"
         reason = (
@@ -113,7 +113,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         if best < PLAINLY * before:
             break
     for why, names in _by_reason(solving.refused).items():
-        context.tried.append({"what": WHAT, "outcome": "left out", "reason": f"{_listed(names)}: {why}"})
+        context.tried.append({"what": WHAT, "outcome": "left out", "reason": f"{listed(names)}: {why}"})
     return kept
 
 
@@ -124,11 +124,11 @@ def _by_reason(refused: Mapping[str, str]) -> dict[str, list[str]]:
     return found
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
-def _layers(graph: Graph, plan: Plan, options: Options) -> tuple[list[Layer], dict[str, list[str]]]:
+def layers_of(graph: Graph, plan: Plan, options: Options) -> tuple[list[Layer], dict[str, list[str]]]:
     """The layers to solve for, in order; and those left out, by reason."""
     layers: list[Layer] = []
     left: dict[str, list[str]] = {}
@@ -191,41 +191,42 @@ def _objection(op: Op, weight: Tensor, tie: TensorPlan, readers: int, options: O
     return None
 
 
-class _Solving:
+class _Solving(Abreast):
     """One pass: the float and the simulated network abreast, layer by layer."""
 
     def __init__(
-        self, graph: Graph, plan: Plan, context: Context, options: Options, layers: Sequence[Layer]
+        self,
+        graph: Graph,
+        plan: Plan,
+        context: Context,
+        options: Options,
+        layers: Sequence[Layer],
+        batches: Sequence[Inputs],
     ) -> None:
-        self.graph, self.work, self.plan = graph, graph.clone(), plan
-        self.context, self.options = context, options
+        super().__init__(graph, plan, context.arithmetic, batches)
+        self.options = options
         self.layers = {layer.name: layer for layer in layers}
         self.refused: dict[str, str] = {}
         self._last: tuple[object, InputMoments] | None = None
-        self.simulator = Simulator(self.work, plan, context.arithmetic)
 
-    def run(self, batches: Sequence[Inputs], advance: Callable[[int], object]) -> tuple[Graph, Plan]:
-        floats = Simulator(self.graph, Plan.empty(self.plan.target), Arithmetic())
-        runs = [(floats.begin(batch), self.simulator.begin(batch)) for batch in batches]
+    def run(self, advance: Callable[[int], object]) -> tuple[Graph, Plan]:
         ahead = len(self.layers)
-        for real, node in zip(self.graph.gm.graph.nodes, self.work.gm.graph.nodes, strict=True):
-            if node.op == "output" or not ahead:
+        for real, node in self.walk():
+            if not ahead:
                 break
             layer = self.layers.get(self.work.name(node)) if node.op.startswith("call") else None
-            if layer is not None:
-                ahead -= 1
-                try:
-                    self._solve(layer, real, node, runs)
-                except DataError as error:
-                    self.refused[layer.name] = str(error)
-                advance(1)
-            for float_run, run in runs:
-                float_run.step(real)
-                run.step(node)
+            if layer is None:
+                continue
+            ahead -= 1
+            try:
+                self._solve(layer, real, node)
+            except DataError as error:
+                self.refused[layer.name] = str(error)
+            advance(1)
         return self.work, self.plan
 
-    def _solve(self, layer: Layer, real: fx.Node, node: fx.Node, runs: Sequence[tuple[Run, Run]]) -> None:
-        moments = self._moments(layer, real, node, runs)
+    def _solve(self, layer: Layer, real: fx.Node, node: fx.Node) -> None:
+        moments = self._moments(layer, real, node)
         if not moments.count:
             raise DataError("the calibration data never reaches it")
         hessian, cross = moments.settled(centred=layer.bias is not None)
@@ -253,12 +254,11 @@ class _Solving:
         if tie.scale is not None and tie.scale.ndim:
             like = tie.scale.shape
             changed = replace(tie, scale=found.scale.reshape(like), zero_point=found.zero_point.reshape(like))
-            self.plan = settle(self.plan.with_ties({layer.tie: changed}))
-        self.simulator.change(self.plan)
+            self.change(settle(self.plan.with_ties({layer.tie: changed})))
+        else:
+            self.change(self.plan)
 
-    def _moments(
-        self, layer: Layer, real: fx.Node, node: fx.Node, runs: Sequence[tuple[Run, Run]]
-    ) -> InputMoments:
+    def _moments(self, layer: Layer, real: fx.Node, node: fx.Node) -> InputMoments:
         """Second moments of what the layer reads; those of the layer before where both read the same."""
         op = self.work.op(node)
         source = op.operands[0]
@@ -269,8 +269,8 @@ class _Solving:
         if self._last is not None and self._last[0] == key:
             return self._last[1]
         moments = InputMoments()
-        most = max(1, self.options.positions // max(1, len(runs)))
-        for float_run, run in runs:
+        most = max(1, self.options.positions // max(1, len(self.runs)))
+        for float_run, run in self.runs:
             x, hat = float_run.read(real, 0), run.read(node, 0)
             if x.numel():
                 moments.update(_rows_of(x, op.attrs, kernel, most), _rows_of(hat, op.attrs, kernel, most))

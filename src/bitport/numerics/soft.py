@@ -1,0 +1,47 @@
+"""Rounding as something that can be learned: up or down, a weight at a time.
+
+    q = clamp(⌊w/s⌋ + h(v) + z),  h(v) = clamp(1.2·sigmoid(v) − 0.1, 0, 1)
+    driven to 0 or 1 by  Σ 1 − |2h − 1|^β,  β falling
+
+Source: Nagel et al. 2020, arXiv:2004.10568 (AdaRound), sections 3.2 and 3.3; blocks by Li et al. 2021,
+arXiv:2102.05426 (BRECQ).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STRETCH, BELOW = 1.2, 0.1
+
+
+class SoftRounding:
+    """One weight on its grid, with a variable for each value. w, scale, zero_point broadcast together; float32."""
+
+    def __init__(self, w: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> None:
+        self.scale, self.zero_point = scale, zero_point.float()
+        self.low, self.high = low, high
+        steps = w / scale
+        self.floor = steps.floor()
+        rest = (steps - self.floor).clamp(1e-4, 1 - 1e-4)
+        self.v = torch.logit((rest + BELOW) / STRETCH).requires_grad_()
+
+    def up(self) -> Tensor:
+        """h(v): how far each value goes up, 0 … 1."""
+        return (STRETCH * torch.sigmoid(self.v) - BELOW).clamp(0, 1)
+
+    def values(self) -> Tensor:
+        """The weight in between."""
+        return self._at(self.up())
+
+    def settled(self) -> Tensor:
+        """The weight with each value up or down."""
+        return self._at((self.up() >= 0.5).float()).detach()
+
+    def openness(self, beta: float) -> Tensor:
+        """Mean of 1 − |2h − 1|^β: 0 once every value has settled."""
+        return (1 - (2 * self.up() - 1).abs().pow(beta)).mean()
+
+    def _at(self, up: Tensor) -> Tensor:
+        codes = (self.floor + up).clamp(self.low - self.zero_point, self.high - self.zero_point)
+        return codes * self.scale
