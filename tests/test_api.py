@@ -236,18 +236,17 @@ def test_the_stored_recipe_is_explicit_and_makes_the_same_again(tmp_path: Path) 
         assert (first.path / name).read_bytes() == (again.path / name).read_bytes(), name
 
 
-@pytest.mark.parametrize(("effort", "corrected"), [("fast", False), ("balanced", True)])
-def test_effort_adds_steps(tmp_path: Path, effort: str, corrected: bool) -> None:
+@pytest.mark.parametrize(
+    ("effort", "added"),
+    [("fast", ["equalize", "correct_bias"]), ("balanced", ["equalize", "gptq", "correct_bias"])],
+)
+def test_effort_adds_steps(tmp_path: Path, effort: str, added: list[str]) -> None:
     artifact = small.compressed(tmp_path / "out", effort=effort)
     record = artifact.measurements
-    assert [step.use for step in artifact.recipe.steps][3:] == [
-        "equalize",
-        "gptq",
-        "correct_bias",
-    ] * corrected
-    assert any("bias correction" in note for note in record["notes"]) == corrected
-    assert len(record["seconds.steps"]) == 3 + 3 * corrected
-    assert any(row["what"] == "GPTQ" for row in record["tried"]) == corrected
+    assert [step.use for step in artifact.recipe.steps] == ["fold", "quantize", "calibrate", *added]
+    assert any("bias correction" in note for note in record["notes"])
+    assert len(record["seconds.steps"]) == 3 + len(added)
+    assert any(row["what"] == "GPTQ" for row in record["tried"]) == ("gptq" in added)
     assert record["parity.local"]["exact_share"] == 1.0
 
 

@@ -90,7 +90,9 @@ def test_predict_refuses_what_the_network_can_not_take(published: Path, inputs: 
 
 def test_the_parts_can_be_read_back(folder: Path) -> None:
     artifact = Artifact.load(folder)
-    assert [step.use for step in artifact.recipe.steps] == ["fold", "quantize", "calibrate"]
+    assert [step.use for step in artifact.recipe.steps] == [
+        "fold", "quantize", "calibrate", "equalize", "correct_bias",
+    ]  # fmt: skip
     assert artifact.plan.quantized
     assert artifact.graph.stage == "folded"
     assert artifact.original.stage == "float"

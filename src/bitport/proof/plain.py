@@ -88,7 +88,7 @@ def hint(record: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"plain rounding would be nearer to the float outputs ({plain:.1f} dB against {found:.1f} dB): try "
-        'range = "minmax", or effort = "balanced", which corrects biases'
+        'range = "minmax", or effort = "balanced", which rounds for the outputs'
     ]
 
 

@@ -33,7 +33,7 @@ MAX_DOTS = 1000
 # What surrounds a `quantize` step at each effort, in order. A step that is there already is not added again.
 BEFORE_QUANTIZE = ("fold",)
 AFTER_QUANTIZE = {
-    "fast": ("calibrate",),
+    "fast": ("calibrate", "equalize", "correct_bias"),
     "balanced": ("calibrate", "equalize", "gptq", "correct_bias"),
     "best": ("calibrate", "equalize", "reconstruct", "gptq", "correct_bias"),
 }
