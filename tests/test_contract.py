@@ -23,7 +23,7 @@ PUBLIC = [
     "Artifact", "ArtifactError", "Batch", "BitportError", "DataError", "ExportError", "Format",
     "FormatError", "GateFailed", "GraphError", "Interrupted", "LoadError", "Locked", "Metric",
     "MetricError", "MissingDependency", "NotEnoughMemory", "Recipe", "RecipeError", "Tampered", "TargetError",
-    "UnknownName", "UnsafeFile", "WeightsError", "compress", "dequantize", "load", "report", "requantize",
+    "UnknownName", "UnsafeFile", "WeightsError", "compress", "dequantize", "diagnose", "load", "report", "requantize",
     "targets", "verify",
 ]  # fmt: skip
 HEAVY = (
@@ -118,6 +118,10 @@ def test_signatures_are_those_of_the_fixed_interface() -> None:
         "effort": None, "seed": 0, "progress": None,
     }  # fmt: skip
     assert shape(bitport.dequantize) == (["folder", "data"], {"correct": True, "progress": None})
+    assert shape(bitport.diagnose) == (
+        ["folder", "data"],
+        {"evaluation": None, "metric": None, "top": 3, "out": None, "progress": None},
+    )
     assert shape(bitport.targets) == ([], {})
     assert shape(bitport.Artifact.load) == (["path"], {})
     assert shape(bitport.Artifact.predict) == (["self", "inputs"], {})

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .api import compress, load, report, targets, verify
     from .artifact import Artifact
     from .data import Batch
+    from .doctor import diagnose
     from .formats import Format
     from .metrics import Metric
     from .recipe import Recipe
@@ -55,6 +56,7 @@ _LAZY = {
     "Recipe": "recipe",
     "compress": "api",
     "dequantize": "recover",
+    "diagnose": "doctor",
     "load": "api",
     "report": "api",
     "requantize": "recover",
@@ -88,6 +90,7 @@ __all__ = [
     "WeightsError",
     "compress",
     "dequantize",
+    "diagnose",
     "load",
     "report",
     "requantize",

@@ -142,8 +142,7 @@ def new_file(out: str | Path) -> Iterator[Path]:
     Raises ArtifactError when `out` exists, before anything is done and again at the end, or can't be written.
     """
     place = Path(os.path.abspath(out))
-    if os.path.lexists(place):
-        raise _taken(place)
+    refuse_taken(place)
     scratch = None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +163,12 @@ def new_file(out: str | Path) -> Iterator[Path]:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_taken(place: Path) -> None:
+    """Raise ArtifactError for a new file's place where something is: to be told before long work."""
+    if os.path.lexists(place):
+        raise _taken(place)
 
 
 def _taken(place: Path) -> ArtifactError:

@@ -22,6 +22,7 @@ from ..page.summary import Islands, Row, comparison, islands, section, sqnr, wor
 from ..progress import Progress, Task
 from ..proof.verdict import judge, subject
 from ..rules import DECODED
+from .diagnosis import draw as draw_diagnosis
 from .run import shown
 
 _FILE_WIDTH = 120
@@ -110,6 +111,8 @@ def _verdict(verdict: Mapping[str, Any]) -> Text:
 def _next(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(label, text): the places where a look is worth most."""
     found: list[tuple[str, str]] = []
+    if _loses(record):
+        found.append(("what helps", "bitport doctor DIR --data D tries remedies for the worst layers"))
     for row in worst_layers(record):
         found.append(("worst layer", f"{row['name']} ({row['op']}, {wording.decibel(sqnr(row))})"))
     clipped = max(record.get("distributions") or (), key=lambda row: row["clipped_share"], default=None)
@@ -126,6 +129,14 @@ def _next(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if len(notes) > _NOTES:
         found.append(("", f"and {len(notes) - _NOTES} more notes in the report"))
     return found
+
+
+def _loses(record: Mapping[str, Any]) -> bool:
+    """Whether the loss can't be chance, or missed its limit."""
+    task = section(record, "task")
+    interval = task.get("ci95")
+    quantized = section(record, "parity").get("edges")
+    return bool(quantized and interval and (interval[0] > 0 or task.get("verdict") == "fails"))
 
 
 def _floats(groups: Sequence[Islands]) -> list[tuple[str, str]]:
@@ -204,6 +215,11 @@ def _runs_in(layer: Mapping[str, Any], with_reason: bool) -> Text:
         return Text("integers", style="green")
     reason = layer.get("reason") if with_reason else None
     return Text("float", style="yellow") + Text(f": {wording.plain(reason)}" if reason else "", style="dim")
+
+
+def diagnosis(record: Mapping[str, Any]) -> None:
+    """What `bitport doctor` found."""
+    draw_diagnosis(_console(), record)
 
 
 def listing(kind: str, found: Mapping[str, Any]) -> None:

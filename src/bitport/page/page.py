@@ -127,6 +127,7 @@ def to_html(
             {**layer, "number": number, "sqnr": sqnr(layer)} for number, layer in drawn(layers, _MOST_ROWS)
         ],
         layer_total=len(layers),
+        shares=any(layer.get("loss_share") is not None for layer in layers),
         formats=_formats(plan),
         provenance=_provenance(record, manifest),
         # not its own: a page can't hold the checksum of itself

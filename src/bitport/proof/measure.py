@@ -27,7 +27,7 @@ from ..plan.rescaled import counterpart
 from ..progress import Progress
 from ..simulate import Simulator
 from ..targets._base import Inspection, Target, host
-from . import cost
+from . import blame, cost
 from .distributions import distributions
 from .integer import integer_record, layer_bytes, storage_record
 from .network import network_record
@@ -124,6 +124,8 @@ def measure(
         record["plain"] = plain_record(subject.reference, graph, plan, target.arithmetic(), *both)
         record["notes"] += hint(record["plain"])
     record["layers"] = _layers(subject, parity.layers if parity else {}, macs)
+    inputs = (batch.inputs for batch in evaluation)
+    blame.record_shares(record["layers"], subject.reference, graph, plan, target.arithmetic(), inputs)
     record["network"] = network_record(graph, plan, inspection)
     if plan.quantized:
         record["distributions"] = distributions(subject.counterpart, plan, evaluation, progress)
