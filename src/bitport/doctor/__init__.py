@@ -175,7 +175,7 @@ class _Doctor:
         subject = self.opened.subject()
         every = units(subject.graph, subject.plan)
         blame = Blame(
-            subject.reference,
+            subject.counterpart,
             subject.graph,
             subject.plan,
             self.bench.target.arithmetic(),

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..plan import Plan, TensorPlan
 from ..proof.blame import RESULT, WEIGHTS, Unit
-from ..recipe import Override, Recipe
+from ..recipe import Override, Recipe, StepSpec
 
 _MOVES = ("move", "scaled")
 _FLOAT: Mapping[str, Any] = {"format": "float32"}
@@ -141,6 +141,21 @@ def _every_result(holds: Callable[[TensorPlan], bool], **options: Any) -> Change
     return change
 
 
+def _step(use: str, behind: tuple[str, ...]) -> Change:
+    """One more step, behind the last of those that are named; it looks at the whole network."""
+
+    def change(recipe: Recipe, case: Case) -> Recipe | None:
+        uses = [step.use for step in recipe.steps]
+        places = [index for index, known in enumerate(uses) if known in behind]
+        if use in uses or not places or case.weight is None:
+            return None
+        steps = list(recipe.steps)
+        steps.insert(places[-1] + 1, StepSpec(use))
+        return replace(recipe, steps=tuple(steps))
+
+    return change
+
+
 def _stored(**options: Any) -> Change:
     """Another format of its result, which it is stored in between float operators."""
 
@@ -202,6 +217,8 @@ REMEDIES: tuple[Remedy, ...] = (
         WEIGHTS,
         _weights(lambda tie: (tie.format.group or 64) <= 32, granularity="group", group=32),
     ),
+    Remedy("scales moved between layers (equalize)", "", _step("equalize", ("calibrate",))),
+    Remedy("weights rounded on what they read (gptq)", WEIGHTS, _step("gptq", ("calibrate", "equalize"))),
     Remedy("result in 16 bits", RESULT, _stored(format="int16")),
     Remedy("weights in 16 bits, computed in float", "", _decoded),
     Remedy("this layer in float", "", _float),

@@ -94,7 +94,7 @@ class Blame:
     """Errors of units on a few samples.
 
     Args:
-        reference: the float network in the form of the compressed one, with the weights before they were rounded.
+        reference: the float network, folded, its scales moved as in the plan, nothing rounded.
         graph, plan: the compressed network.
         batches: inputs, as `take` gives them.
 

@@ -125,7 +125,7 @@ def measure(
         record["notes"] += hint(record["plain"])
     record["layers"] = _layers(subject, parity.layers if parity else {}, macs)
     inputs = (batch.inputs for batch in evaluation)
-    blame.record_shares(record["layers"], subject.reference, graph, plan, target.arithmetic(), inputs)
+    blame.record_shares(record["layers"], subject.counterpart, graph, plan, target.arithmetic(), inputs)
     record["network"] = network_record(graph, plan, inspection)
     if plan.quantized:
         record["distributions"] = distributions(subject.counterpart, plan, evaluation, progress)
