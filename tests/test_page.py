@@ -513,6 +513,13 @@ def test_plain_rounding_stands_beside_the_error() -> None:
         assert "Plain rounding" not in words(plain=lacking)
 
 
+def test_shares_of_the_loss_stand_in_the_table_where_they_were_measured() -> None:
+    rows = [{**row, "loss_share": 0.625 if index == 1 else None} for index, row in enumerate(BASE["layers"])]
+    text = words(layers=rows)
+    assert "of the loss" in text and "62.5 %" in text and "bitport doctor" in text
+    assert "of the loss" not in words() and "bitport doctor" not in words()
+
+
 def test_a_requantized_artifact_says_what_it_comes_from() -> None:
     origin = {
         "recipe": "int8",

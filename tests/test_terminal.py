@@ -77,6 +77,18 @@ def test_what_is_clipped_much_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert drawn(monkeypatch, tmp_path, 80, distributions=None)
 
 
+def test_a_loss_that_is_no_chance_names_the_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    task = fixtures.record()["task"]
+    for changes, told in (
+        ({"ci95": [0.01, 0.03]}, True),
+        ({"ci95": [-0.01, 0.03], "verdict": "fails"}, True),
+        ({"ci95": [-0.01, 0.03]}, False),
+    ):
+        lines = drawn(monkeypatch, tmp_path / "out", 80, task={**task, **changes})
+        assert ("  what helps   bitport doctor out --data D tries remedies" in lines) == told
+
+
 @pytest.mark.parametrize(
     ("gates", "passed", "mark"),
     [

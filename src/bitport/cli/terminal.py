@@ -58,6 +58,8 @@ def summary(record: Mapping[str, Any], folder: Path, *, again: bool = False) -> 
     console.print()
     console.print(_verdict(verdict))
     found = _next(record)
+    if _loses(record):
+        found.insert(0, ("what helps", f"bitport doctor {shown(folder)} --data D tries remedies"))
     report = folder / "report.html"
     if report.exists():
         found.insert(0, ("report of compress" if again else "report", shown(report)))
@@ -111,8 +113,6 @@ def _verdict(verdict: Mapping[str, Any]) -> Text:
 def _next(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(label, text): the places where a look is worth most."""
     found: list[tuple[str, str]] = []
-    if _loses(record):
-        found.append(("what helps", "bitport doctor DIR --data D tries remedies for the worst layers"))
     for row in worst_layers(record):
         found.append(("worst layer", f"{row['name']} ({row['op']}, {wording.decibel(sqnr(row))})"))
     clipped = max(record.get("distributions") or (), key=lambda row: row["clipped_share"], default=None)
