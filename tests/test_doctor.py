@@ -232,6 +232,7 @@ def test_every_remedy_makes_a_valid_recipe_or_none(cases: tuple[Recipe, dict[str
     assert {remedy.what for remedy in remedies.REMEDIES} - used == {
         "weights: a scale per channel",
         "weights: range of the extremes",
+        "scales moved between layers (equalize)",
         "range of its result: least squared error",
         "ranges of all results: least squared error",
         "result asymmetric",

@@ -218,7 +218,12 @@ REMEDIES: tuple[Remedy, ...] = (
         _weights(lambda tie: (tie.format.group or 64) <= 32, granularity="group", group=32),
     ),
     Remedy("scales moved between layers (equalize)", "", _step("equalize", ("calibrate",))),
-    Remedy("weights rounded on what they read (gptq)", WEIGHTS, _step("gptq", ("calibrate", "equalize"))),
+    Remedy(
+        "weights rounded on what they read (gptq)",
+        WEIGHTS,
+        _step("gptq", ("calibrate", "equalize", "reconstruct")),
+    ),
+    Remedy("rounding learned (reconstruct)", "", _step("reconstruct", ("calibrate", "equalize"))),
     Remedy("result in 16 bits", RESULT, _stored(format="int16")),
     Remedy("weights in 16 bits, computed in float", "", _decoded),
     Remedy("this layer in float", "", _float),
