@@ -124,7 +124,7 @@ def compress(
         metric: name or `Metric`; default: top1 with integer labels, agreement with the float network without.
         max_drop: the largest loss allowed, in the metric's unit; None: measured, not judged.
         out: the artifact folder: replaced whole, or left as it was.
-        effort: "fast", "balanced" or "best": the steps that the recipe is expanded with.
+        effort: "plain", "fast", "balanced" or "best": the steps that the recipe is expanded with.
         device: where the float passes of calibration run, as torch names it ("cuda"); the proof is of the runtime.
         seed: of every random choice. The caller's own random state is untouched.
         progress: listens to long work.

@@ -275,7 +275,7 @@ class Spread(nn.Module):
 def test_weights_of_spread_channels_are_kept_and_the_gate_sees_their_activations(tmp_path: Path) -> None:
     model = Spread().eval()
     with pytest.raises(GateFailed) as caught:
-        run(model, tmp_path / "out", max_drop=1e-4)
+        run(model, tmp_path / "out", max_drop=1e-4, effort="plain")
     assert not (tmp_path / "out").exists()
     stored = bitport.Artifact.load(caught.value.path).graph.tensor("depth.weight").detach()
     real = model.depth.weight.detach()
@@ -299,7 +299,7 @@ def test_equalized_spread_channels_pass_the_gate(tmp_path: Path, target: str) ->
     recipe = tmp_path / "equalized.toml"
     recipe.write_text(EQUALIZED)
     model = Spread().eval()
-    artifact = run(model, tmp_path / "out", target=target, recipe=recipe, max_drop=1e-4)
+    artifact = run(model, tmp_path / "out", target=target, recipe=recipe, max_drop=1e-4, effort="plain")
     kept = [row for row in artifact.measurements["tried"] if row["outcome"] == "kept"]
     assert [row["what"] for row in kept] == ["equalization across layers"]
     x = small.patterns(16, seed=3)[0]

@@ -219,6 +219,7 @@ class TestExpand:
             (["fold", "quantize", "calibrate"], "fast", FAST),
             (["quantize", "fold", "calibrate"], "fast", ["fold", "quantize", "fold", *FAST[2:]]),
             (["calibrate", "quantize"], "fast", ["calibrate", *FAST]),
+            (["quantize"], "plain", ["fold", "quantize", "calibrate"]),
             (["fold"], "fast", ["fold"]),
             ([], "fast", []),
         ],
@@ -226,7 +227,7 @@ class TestExpand:
     def test_what_surrounds_quantize(self, steps: list[str], effort: str | None, expected: list[str]) -> None:
         expanded = chain(*steps).expand(effort)
         assert uses(expanded) == expected
-        assert expanded.effort == "fast"
+        assert expanded.effort == (effort or "fast")
         assert expanded.expand() == expanded
 
     @pytest.fixture

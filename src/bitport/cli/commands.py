@@ -95,7 +95,7 @@ def inspect(model: str, target: str | None, nonfinite: str, as_json: bool) -> No
     metavar="X",
     help="Largest loss allowed, in the metric's unit (top1: 0.01 is a point).",
 )
-@click.option("--effort", metavar="E", help="fast, balanced or best.")
+@click.option("--effort", metavar="E", help="plain, fast (default), balanced or best.")
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Artifact folder.")
 @_nonfinite
 @as_json_option

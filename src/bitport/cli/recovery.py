@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-drop", type=float, metavar="X", help="Largest further loss allowed, in the metric's unit."
 )
-@click.option("--effort", metavar="E", help="fast, balanced or best.")
+@click.option("--effort", metavar="E", help="plain, fast (default), balanced or best.")
 @click.option(
     "--out", required=True, metavar="DIR2", type=click.Path(path_type=Path), help="Artifact folder."
 )

@@ -33,6 +33,7 @@ MAX_DOTS = 1000
 # What surrounds a `quantize` step at each effort, in order. A step that is there already is not added again.
 BEFORE_QUANTIZE = ("fold",)
 AFTER_QUANTIZE = {
+    "plain": ("calibrate",),
     "fast": ("calibrate", "equalize", "correct_bias"),
     "balanced": ("calibrate", "equalize", "gptq", "correct_bias"),
     "best": ("calibrate", "equalize", "reconstruct", "gptq", "correct_bias"),
@@ -88,7 +89,7 @@ class Recipe:
     """Steps in order, exceptions, and what the caller's target and data files are told.
 
     target: options of the runtime (`threads`, `opset`, …); the target itself checks them.
-    effort: "fast", "balanced" or "best"; `expand` turns it into steps. None: "fast".
+    effort: "plain", "fast", "balanced" or "best"; `expand` turns it into steps. None: "fast".
     preprocessing: how image files become inputs (`data.Preprocessing`).
 
     Tables are private copies of plain values (lists become tuples). Raises RecipeError for values that TOML

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -132,11 +133,8 @@ def layers_of(graph: Graph, plan: Plan, options: Options) -> tuple[list[Layer], 
     """The layers to solve for, in order; and those left out, by reason."""
     layers: list[Layer] = []
     left: dict[str, list[str]] = {}
-    readers: dict[int, int] = {}
-    for edge in graph.edges():
-        if edge.producer in plan_weights(plan):
-            key = id(graph.tensor(edge.producer))
-            readers[key] = readers.get(key, 0) + 1
+    stored = {edge.producer for edge, tie in plan.edges.items() if plan.ties[tie].source == "weight"}
+    readers = Counter(id(graph.tensor(edge.producer)) for edge in graph.edges() if edge.producer in stored)
     for node in graph.nodes():
         name, op = graph.name(node), graph.op(node)
         tie = _weight_tie(plan, name, op)
@@ -145,9 +143,8 @@ def layers_of(graph: Graph, plan: Plan, options: Options) -> tuple[list[Layer], 
         operand, bias = op.operands[1], op.operands[2]
         assert operand is not None and operand.tensor is not None
         weight = graph.tensor(operand.tensor).detach()
-        reason = _objection(
-            op, weight, plan.ties[tie], readers.get(id(graph.tensor(operand.tensor)), 1), options
-        )
+        count = readers[id(graph.tensor(operand.tensor))]
+        reason = _objection(op, weight, plan.ties[tie], count, options)
         if reason is not None:
             left.setdefault(reason, []).append(name)
             continue
@@ -155,11 +152,6 @@ def layers_of(graph: Graph, plan: Plan, options: Options) -> tuple[list[Layer], 
         own = bias.tensor if bias is not None and bias.tensor is not None else None
         layers.append(Layer(name, node, operand.tensor, own, tie, groups))
     return layers, left
-
-
-def plan_weights(plan: Plan) -> set[str]:
-    """The tensors that the plan stores as weights."""
-    return {edge.producer for edge, tie in plan.edges.items() if plan.ties[tie].source == "weight"}
 
 
 def _weight_tie(plan: Plan, name: str, op: Op) -> str | None:

@@ -134,9 +134,8 @@ class _Learning(Abreast):
 
     def _opened(self, nodes: list[fx.Node]) -> _Block:
         block = _Block(nodes)
-        inside = {self.work.name(node) for node in nodes}
-        for name in inside & set(self.layers):
-            layer = self.layers[name]
+        inside = [self.work.name(node) for node in nodes]
+        for layer in (self.layers[name] for name in inside if name in self.layers):
             grid, weight = grid_of(self.plan.ties[layer.tie]), self.work.tensor(layer.weight).detach()
             like = rows(weight, grid.format)
             scale, zero_point = (
@@ -149,7 +148,7 @@ class _Learning(Abreast):
             if layer.bias is not None:
                 block.biases[layer.bias] = self.work.tensor(layer.bias).detach().clone().requires_grad_()
         for name, tie in self.plan.measured().items():
-            if set(tie.members) <= inside:
+            if set(tie.members) <= set(inside):
                 block.scales[name] = torch.zeros((), requires_grad=True)
         return block
 
@@ -158,23 +157,21 @@ class _Learning(Abreast):
         cases = self._cases(block)
         if not cases:
             return False
-        torch_random, options = self._random, self.options
+        options = self.options
         groups = [
             {"params": [soft.v for soft in block.soft.values()], "lr": options.rate},
             {"params": [*block.biases.values(), *block.scales.values()], "lr": SLOWER * options.rate},
         ]
         optimizer = torch.optim.Adam([group for group in groups if group["params"]])
         for step in range(options.steps):
-            case = cases[int(torch.randint(len(cases), (), generator=torch_random))]
+            case = cases[int(torch.randint(len(cases), (), generator=self._random))]
             inputs = {node: self._mixed(hat, x) for node, (x, hat) in case.inputs.items()}
             loss = self._loss(block, case, inputs, "soft")
             done = (step + 1) / options.steps
             if done > WARM:
                 sharp = SHARP[0] + (SHARP[1] - SHARP[0]) * (done - WARM) / (1 - WARM)
-                loss = (
-                    loss
-                    + options.settle * torch.stack([s.openness(sharp) for s in block.soft.values()]).mean()
-                )
+                open_ = torch.stack([soft.openness(sharp) for soft in block.soft.values()])
+                loss = loss + options.settle * open_.mean()
             if not bool(torch.isfinite(loss.detach())):
                 return False
             optimizer.zero_grad()

@@ -89,7 +89,7 @@ class Null(Target):
                 ("embedding",),
                 (None, Weight(0)),
                 None,
-                "simulated",
+                DECODED,
                 "compute",
                 mode="weights",
                 when=constant_weight,
