@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitport import api
+from bitport.artifact import make_target
 from bitport.data import Source
 from bitport.graph import Graph
 from bitport.numerics.intervals import paired_binary
@@ -30,6 +31,7 @@ from bitport.steps import _base as steps
 from bitport.targets._base import host
 
 from . import subjects
+from .table import publish
 
 EFFORTS = ("plain", "fast", "balanced", "best")  # plain: ranges by min-max as well
 TESTED, CALIBRATED = 10_000, 256
@@ -65,7 +67,7 @@ def outputs(
     step = StepSpec("quantize", {"weights": weights, "activations": activations})
     recipe = Recipe(steps=(step,), name="bench")
     uses = [spec.use for spec in recipe.expand(effort).steps]
-    runtime = api.make_target("onnxruntime")
+    runtime = make_target("onnxruntime")
     source = Source(
         list(data), role="calibration", names=[spec.name for spec in graph.inputs], labels="ignored"
     )
@@ -79,7 +81,7 @@ def outputs(
     with tempfile.TemporaryDirectory() as scratch:
         runtime.export(work, plan, Path(scratch))
         session = runtime.open(Path(scratch))
-        return torch.cat([session.run((part,))[0] for part in test.split(250)]), seconds
+        return torch.cat([session.run((part,))[0] for part in torch.split(test, 250)]), seconds
 
 
 def of_images(name: str, model: nn.Module, cells: Sequence[str]) -> list[list[str]]:
@@ -88,12 +90,12 @@ def of_images(name: str, model: nn.Module, cells: Sequence[str]) -> list[list[st
     test, labels = subjects.digits(TESTED, 2, test=True)
     graph = api.load(model, images[:2])
     with torch.no_grad():
-        right = torch.cat([graph.run(part)[0] for part in test.split(250)]).argmax(1) == labels
+        right = torch.cat([graph.run(part)[0] for part in torch.split(test, 250)]).argmax(1) == labels
     rows = []
     for cell in cells:
         row = [name, f"{100 * right.float().mean():.2f} %", cell]
         for effort in EFFORTS:
-            found, seconds = outputs(graph, IMAGES[cell], effort, images.split(32), test)
+            found, seconds = outputs(graph, IMAGES[cell], effort, torch.split(images, 32), test)
             interval = paired_binary(right.float(), (found.argmax(1) == labels).float())
             loss = f"{100 * interval.drop:.2f} ({100 * interval.low:.2f} … {100 * interval.high:.2f})"
             row.append(f"{loss}, {seconds:.1f} s")
@@ -104,7 +106,7 @@ def of_images(name: str, model: nn.Module, cells: Sequence[str]) -> list[list[st
 
 def of_text(model: nn.Module) -> list[list[str]]:
     """Rows of the GPT: bits per byte, and what is lost of them in percent."""
-    data = subjects.windows(64, 3, test=False).split(8)
+    data = torch.split(subjects.windows(64, 3, test=False), 8)
     stretches = subjects.windows(96, 4, test=True, length=subjects.CONTEXT + 1)
     graph = api.load(model, data[0][:2])
 
@@ -113,7 +115,7 @@ def of_text(model: nn.Module) -> list[list[str]]:
         return float(found) / math.log(2)
 
     with torch.no_grad():
-        before = bits(torch.cat([graph.run(part)[0] for part in stretches[:, :-1].split(16)]))
+        before = bits(torch.cat([graph.run(part)[0] for part in torch.split(stretches[:, :-1], 16)]))
     rows = []
     for cell, chosen in GROUPS.items():
         row = ["byte GPT", f"{before:.4f} bits a byte", cell]
@@ -173,10 +175,7 @@ def main() -> None:
     rows = [row for name, make, cells in made for row in of_images(name, make(), cells)]
     if arguments.gpt:
         rows += of_text(subjects.trained_gpt(0, arguments.gpt))
-    text = page(rows)
-    sys.stdout.write(text)
-    if arguments.write:
-        arguments.write.write_text(text, encoding="utf-8")
+    publish(page(rows), arguments.write)
 
 
 if __name__ == "__main__":

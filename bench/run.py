@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from bitport import api
+from bitport.artifact import make_target
 from bitport.data import Source
 from bitport.graph import Graph
 from bitport.plan import Plan
@@ -25,7 +26,7 @@ from bitport.steps import _base as steps
 
 from . import formats
 from .nets import ConvNet, Mlp, Pooled, WideNet, seeded
-from .table import Row, table
+from .table import Row, publish, table
 
 BATCHES, BATCH = 4, 8
 
@@ -92,7 +93,7 @@ def quantization() -> Row:
 
 
 def _context(graph: Graph, data: list[torch.Tensor]) -> steps.Context:
-    runtime = api.make_target("onnxruntime")
+    runtime = make_target("onnxruntime")
     source = Source(data, role="calibration", names=[spec.name for spec in graph.inputs], labels="ignored")
     return steps.Context(runtime.rules(), runtime.arithmetic(), source, graph)
 
@@ -160,10 +161,7 @@ def main() -> None:
         return
     rows = [speed(ConvNet), speed(WideNet, 32), speed(Pooled), *calibration()]
     rows += [*formats.speeds(), *formats.files(), *formats.weights(), quantization()]
-    text = table(rows)
-    sys.stdout.write(text)
-    if arguments.write:
-        arguments.write.write_text(text, encoding="utf-8")
+    publish(table(rows), arguments.write)
 
 
 if __name__ == "__main__":

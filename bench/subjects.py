@@ -74,7 +74,8 @@ class _Residual(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(inside, outside, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.second(F.relu(self.first(x))) + self.skip(x))
+        y: Tensor = self.second(F.relu(self.first(x))) + self.skip(x)
+        return F.relu(y)
 
 
 class ThinNet(nn.Module):
@@ -108,7 +109,8 @@ class _Mobile(nn.Module):
         y = self.depth(self.expand(x))
         gate = self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True))))
         y = self.project(y * F.hardsigmoid(gate))
-        return x + y if self.same else y
+        made: Tensor = x + y if self.same else y
+        return made
 
 
 class MobileNet(nn.Module):
@@ -144,7 +146,8 @@ class _Block(nn.Module):
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(y.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        made: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return made
 
 
 class VisionTransformer(nn.Module):
@@ -159,7 +162,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.patches(x).flatten(2).transpose(1, 2) + self.places
-        return self.head(self.norm(self.blocks(y)).mean(1))  # type: ignore[no-any-return]
+        scores: Tensor = self.head(self.norm(self.blocks(y)).mean(1))
+        return scores
 
 
 class ByteGpt(nn.Module):
@@ -173,7 +177,8 @@ class ByteGpt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bytes(x) + self.places(torch.arange(x.shape[1]))
-        return self.head(self.norm(self.blocks(y)))  # type: ignore[no-any-return]
+        scores: Tensor = self.head(self.norm(self.blocks(y)))
+        return scores
 
 
 def trained(make: Callable[[], nn.Module], seed: int, *, rate: float, epochs: int) -> nn.Module:
@@ -208,7 +213,7 @@ def _fit(
                 scores.flatten(0, -2), targets[picked].flatten(), label_smoothing=smoothing
             )
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
 
@@ -221,8 +226,10 @@ def rescaled(model: nn.Module, seed: int = 3) -> nn.Module:
         for layer in model.layers:
             assert isinstance(layer, _Residual)
             conv, norm = layer.second[0], layer.first[1]
-            factor = 10 ** (2 * torch.rand(norm.num_features, generator=generator) - 1)  # type: ignore[operator, arg-type]
-            norm.weight *= factor  # type: ignore[operator]
-            norm.bias *= factor  # type: ignore[operator]
-            conv.weight /= factor[None, :, None, None]  # type: ignore[operator]
+            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(norm, nn.BatchNorm2d)
+            factor = 10 ** (2 * torch.rand(norm.num_features, generator=generator) - 1)
+            norm.weight.mul_(factor)
+            norm.bias.mul_(factor)
+            conv.weight.div_(factor[None, :, None, None])
     return model

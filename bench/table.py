@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from bitport.targets._base import host
 
@@ -12,6 +14,13 @@ class Row:
     what: str
     value: str
     wanted: str
+
+
+def publish(text: str, path: Path | None) -> None:
+    """Print a page, and write it to a file where one is asked for."""
+    sys.stdout.write(text)
+    if path is not None:
+        path.write_text(text, encoding="utf-8")
 
 
 def table(rows: list[Row]) -> str:

@@ -10,20 +10,19 @@ import select
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from tests import small
+from tests.commands import document, run
 
 import bitport
-from bitport.cli import cli
 
 MODULE = """
 import torch
 from tests import small
+from tests.commands import document, run
 
 def net(): return small.tiny(), small.patterns(1)[0]
 def data():
@@ -45,17 +44,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     small.quick(monkeypatch)
     return tmp_path
-
-
-def run(*words: str, code: int = 0) -> Result:
-    done = CliRunner().invoke(cli, words)
-    assert done.exit_code == code, done.output
-    assert "Traceback" not in done.output
-    return done
-
-
-def document(*words: str, code: int = 0) -> Any:
-    return json.loads(run(*words, "--json", code=code).stdout)
 
 
 # --------------------------------------------------------------------------------------------- as a process

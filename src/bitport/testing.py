@@ -113,7 +113,8 @@ def _experts(m: nn.ModuleDict, x: Tensor) -> Tensor:
     ends = torch.arange(1, 4) * x.shape[0] // 3
     stack = m["w"].weight
     assert isinstance(stack, Tensor)
-    return m["b"](EXPERT_LINEAR(m["a"](x), stack, ends))  # type: ignore[no-any-return]
+    scores: Tensor = m["b"](EXPERT_LINEAR(m["a"](x), stack, ends))
+    return scores
 
 
 IMAGE, TOKENS = (3, 9, 9), (6, 12)

@@ -168,7 +168,7 @@ MUTATIONS = (
         "data whose callable leaves the program doesn't end the command",
         "data/source.py",
         "                except (Exception, SystemExit) as error:\n                    raise DataError(\n",
-        "                except Exception as error:\n                    raise DataError(\n",
+        "                except (RuntimeError, ValueError) as error:\n                    raise DataError(\n",
         _HOSTILE + "test_callables_and_words_that_misbehave",
     ),
     # ------------------------------------------------------------------------------------- golden samples

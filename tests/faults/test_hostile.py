@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,7 +196,10 @@ def test_a_golden_sample_that_is_not_the_network_s(
     with np.load(folder / "sample.npz") as stored:
         arrays = dict(stored)
     change(arrays)
-    np.savez(folder / "sample.npz", **arrays)  # type: ignore[arg-type]
+    with zipfile.ZipFile(folder / "sample.npz", "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array)
     vouched(folder)
     with pytest.raises(ArtifactError, match=r"sample.*: compress the network again"):
         bitport.verify(folder)

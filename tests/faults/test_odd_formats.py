@@ -52,6 +52,12 @@ def told(artifact: bitport.Artifact, name: str) -> list[str]:
     return [note for note in artifact.measurements["notes"] if repr(name) in note]
 
 
+def assert_finite(artifact: bitport.Artifact) -> None:
+    found = artifact.predict(small.patterns(4)[0])
+    assert isinstance(found, Tensor)
+    assert bool(torch.isfinite(found).all())
+
+
 def outlier(model: small.Tiny) -> None:
     model.body.weight[1, 3, 0, 0] = 1e30
 
@@ -101,7 +107,7 @@ def test_scales_beyond_float16_are_refused_by_name(tmp_path: Path, change: Chang
     assert not (tmp_path / "out").exists()
     # and with the remedy it works
     found = run(change, recipe({"format": "int4 group(16) scale(bfloat16)"}), tmp_path / "out")
-    assert bool(torch.isfinite(found.predict(small.patterns(4)[0])).all())  # type: ignore[arg-type]
+    assert_finite(found)
 
 
 @pytest.mark.parametrize("target", ["null", "onnxruntime"])
@@ -110,7 +116,7 @@ def test_subnormal_weights_of_groups_give_no_nan(tmp_path: Path, target: str) ->
     assert told(artifact, "body.weight") == [
         "16 values of 'body.weight' in channel 0 become 0, being too small for its scales: keep it in float32"
     ]
-    assert bool(torch.isfinite(artifact.predict(small.patterns(4)[0])).all())  # type: ignore[arg-type]
+    assert_finite(artifact)
 
 
 def test_weights_that_float16_flushes_are_told(tmp_path: Path) -> None:

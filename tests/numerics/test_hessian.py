@@ -130,3 +130,13 @@ def test_shifted_weights_give_the_float_outputs_of_rounded_inputs() -> None:
     # nothing to make up for: nothing moves
     same, _ = moments(x, x).settled(centred=False)
     assert torch.allclose(shifted(w, same, same, definite, 1.0), w.double())
+
+
+def test_a_mean_shift_takes_back_what_the_mean_of_the_outputs_lost() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(60, 2, 5) + 1
+    hat, w = x + 0.2, torch.randn(2, 3, 5)
+    q = w.round()
+    lost = torch.einsum("pbk,brk->pbr", x, w).mean(0) - torch.einsum("pbk,brk->pbr", hat, q).mean(0)
+    assert torch.allclose(moments(x, hat).mean_shift(w, q), lost.double(), atol=1e-4)
+    assert torch.equal(moments(x, x).mean_shift(w, w), torch.zeros(2, 3, dtype=torch.float64))

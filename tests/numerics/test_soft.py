@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitport.numerics.quantize import fake_quantize, fake_quantize_learned
-from bitport.numerics.soft import SoftRounding
+from bitport.numerics.soft import SHARP, WARM, SoftRounding, relative_error, sharpness
 
 LOW, HIGH = -4, 3
 
@@ -83,3 +83,16 @@ def test_a_learned_scale_rounds_as_a_constant_one_and_finds_the_range(zero: int)
     assert x.grad is not None
     outside = (x / 0.1 + zero > HIGH) | (x / 0.1 + zero < LOW)
     assert bool((x.grad[outside] == 0).all()) and bool((x.grad[~outside] != 0).all())
+
+
+def test_rounding_is_driven_to_its_ends_late_and_ever_harder() -> None:
+    assert sharpness(0.0) is None and sharpness(WARM) is None
+    found = [sharpness(WARM + (1 - WARM) * share) for share in (1e-9, 0.25, 0.5, 1.0)]
+    assert found == pytest.approx([SHARP[0], 15.5, 11.0, SHARP[1]])
+
+
+def test_a_relative_error_does_not_know_units() -> None:
+    y = torch.tensor([3.0, -4.0])
+    assert float(relative_error(y + 1, y)) == pytest.approx(2 / 25)
+    assert float(relative_error(1000 * (y + 1), 1000 * y)) == pytest.approx(2 / 25)
+    assert float(relative_error(torch.zeros(2), torch.zeros(2))) == 0

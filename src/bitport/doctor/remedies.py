@@ -91,8 +91,13 @@ def pattern(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def _with(recipe: Recipe, names: list[str], **options: Mapping[str, Any]) -> Recipe | None:
-    more = tuple(Override(match=pattern(name), **options) for name in names)  # type: ignore[arg-type]
+def _with(
+    recipe: Recipe,
+    names: list[str],
+    weights: Mapping[str, Any] | None = None,
+    activations: Mapping[str, Any] | None = None,
+) -> Recipe | None:
+    more = tuple(Override(match=pattern(name), weights=weights, activations=activations) for name in names)
     return replace(recipe, overrides=(*recipe.overrides, *more)) if more else None
 
 

@@ -64,6 +64,11 @@ class ErrorStats:
         return self.noise / self.count if self.count else 0.0
 
     @property
+    def relative(self) -> float:
+        """Noise against signal; the noise itself without a signal."""
+        return self.noise / self.signal if self.signal else self.noise
+
+    @property
     def sqnr_db(self) -> float:
         """Signal-to-quantization-noise ratio in dB: inf without noise, −inf for noise without a signal."""
         if math.isnan(self.signal) or math.isnan(self.noise):

@@ -89,6 +89,11 @@ class InputMoments:
         """E[x], E[x̂]: [B, K], float64."""
         return self._mean / max(1, self.count), self._mean_hat / max(1, self.count)
 
+    def mean_shift(self, w_BRK: Tensor, q_BRK: Tensor) -> Tensor:
+        """What a bias takes back so that means stay: w E[x] − q E[x̂], float64 [B, R] (Nagel et al. 2019, 4.2)."""
+        mean, mean_hat = self.means
+        return (w_BRK.double() @ mean[:, :, None] - q_BRK.double() @ mean_hat[:, :, None])[:, :, 0]
+
     def settled(self, centred: bool) -> tuple[Tensor, Tensor]:
         """(hessian, cross), [B, K, K], float64."""
         h, c = self._h / max(1, self.count), self._c / max(1, self.count)

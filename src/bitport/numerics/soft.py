@@ -13,6 +13,18 @@ import torch
 from torch import Tensor
 
 STRETCH, BELOW = 1.2, 0.1
+WARM = 0.2  # of all steps go by before rounding is driven to its ends
+SHARP = (20.0, 2.0)  # β then, and at the end
+
+
+def sharpness(done: float) -> float | None:
+    """β once a share `done` of all steps is over; None while values may still move freely."""
+    return None if done <= WARM else SHARP[0] + (SHARP[1] - SHARP[0]) * (done - WARM) / (1 - WARM)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """E[(ŷ − y)²] / E[y²], 0-d, with a gradient: outputs of different sizes weigh alike."""
+    return (found - wanted).square().mean() / wanted.square().mean().clamp(min=1e-12)
 
 
 class SoftRounding:

@@ -64,4 +64,4 @@ def output_error(
             for real, found in zip(reference.run(*inputs), simulator.run(inputs), strict=True):
                 if real.is_floating_point():
                     stats.update(real, found)
-    return stats.noise / stats.signal if stats.signal else stats.noise
+    return stats.relative

@@ -273,8 +273,7 @@ class _Solving(Abreast):
         """Give the bias what the mean of the outputs has lost: b' = b + w E[x] − q E[x̂]."""
         if layer.bias is None:
             return
-        mean, mean_hat = moments.means
-        shift = (original @ mean[:, :, None] - values.double() @ mean_hat[:, :, None]).reshape(-1)
+        shift = moments.mean_shift(original, values).reshape(-1)
         bias = self.work.tensor(layer.bias).detach()
         self.work.set_tensor(layer.bias, (bias.double() + shift).to(bias.dtype))
 

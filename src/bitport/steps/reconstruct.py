@@ -13,7 +13,7 @@ from ..errors import RecipeError
 from ..fake import Fake
 from ..graph import Graph
 from ..numerics.rows import restore, rows
-from ..numerics.soft import SoftRounding
+from ..numerics.soft import SoftRounding, relative_error, sharpness
 from ..plan import Plan
 from ..plan.constants import grid_of, settle
 from . import gptq
@@ -23,8 +23,6 @@ from ._judge import Inputs, output_error, parted, split_batches
 from .calibrate import room_for_biases
 
 WHAT = "block reconstruction"
-WARM = 0.2  # of all steps go by before rounding is driven to its ends
-SHARP = (20.0, 2.0)  # the exponent of that term at the beginning and at the end
 SLOWER = 0.03  # scales and biases learn at this share of the rounding's rate
 
 
@@ -167,15 +165,14 @@ class _Learning(Abreast):
             case = cases[int(torch.randint(len(cases), (), generator=self._random))]
             inputs = {node: self._mixed(hat, x) for node, (x, hat) in case.inputs.items()}
             loss = self._loss(block, case, inputs, "soft")
-            done = (step + 1) / options.steps
-            if done > WARM:
-                sharp = SHARP[0] + (SHARP[1] - SHARP[0]) * (done - WARM) / (1 - WARM)
+            sharp = sharpness((step + 1) / options.steps)
+            if sharp is not None:
                 open_ = torch.stack([soft.openness(sharp) for soft in block.soft.values()])
                 loss = loss + options.settle * open_.mean()
             if not bool(torch.isfinite(loss.detach())):
                 return False
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             optimizer.step()
         with torch.no_grad():
             hats = [{node: hat for node, (_, hat) in case.inputs.items()} for case in cases]
@@ -240,10 +237,7 @@ class _Learning(Abreast):
             drop = self._mixed if how == "soft" and self.options.drop else None
             fake = Fake(self.work, self.plan, {**weights, **block.biases}, self._scales(block), drop)
         made = fake.run(block.nodes, dict(inputs))
-        parts = [
-            (made[node] - y).square().mean() / y.square().mean().clamp(min=1e-12)
-            for node, y in case.wanted.items()
-        ]
+        parts = [relative_error(made[node], wanted) for node, wanted in case.wanted.items()]
         return torch.stack(parts).sum()
 
     def _mixed(self, rounded: Any, real: Any) -> Any:
