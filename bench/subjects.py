@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,8 @@ CONTEXT = 128
 
 @cache
 def _digits() -> tuple[Tensor, Tensor, Tensor]:
+    from sklearn.datasets import load_digits  # here, as other tools' environments need the networks alone
+
     found = load_digits()
     order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(5))
     return torch.tensor(found.images, dtype=torch.float32)[:, None] / 16, torch.tensor(found.target), order
@@ -218,6 +219,12 @@ def _fit(
             schedule.step()
 
 
+def _factors(count: int, generator: torch.Generator) -> Tensor:
+    """Up to 100 times apart."""
+    made: Tensor = 10 ** (2 * torch.rand(count, generator=generator) - 1)
+    return made
+
+
 def rescaled(model: nn.Module, seed: int = 3) -> nn.Module:
     """The same function with channels up to 100 times apart: a thin net whose inner channels are scaled, and back."""
     assert isinstance(model, ThinNet)
@@ -228,8 +235,47 @@ def rescaled(model: nn.Module, seed: int = 3) -> nn.Module:
             conv, norm = layer.second[0], layer.first[1]
             assert isinstance(conv, nn.Conv2d)
             assert isinstance(norm, nn.BatchNorm2d)
-            factor = 10 ** (2 * torch.rand(norm.num_features, generator=generator) - 1)
+            factor = _factors(norm.num_features, generator)
             norm.weight.mul_(factor)
             norm.bias.mul_(factor)
             conv.weight.div_(factor[None, :, None, None])
+    return model
+
+
+def rescaled_mobile(model: nn.Module, seed: int = 3) -> nn.Module:
+    """The same function with channels up to 100 times apart: the depthwise net's, where nothing but a sum reads them.
+
+    Scaled are the two streams between blocks that no hardswish feeds (with every layer that adds to them), and the
+    hidden channels of each gate.
+    """
+    assert isinstance(model, MobileNet)
+    generator = torch.Generator().manual_seed(seed)
+    first, second, third, fourth = (layer for layer in model.layers)
+    with torch.no_grad():
+        for makers, reader in (((second, third), (third, fourth)), ((fourth,), (model,))):
+            factor: Tensor | None = None
+            for block in makers:
+                assert isinstance(block, _Mobile)
+                norm = block.project[1]
+                assert isinstance(norm, nn.BatchNorm2d)
+                factor = _factors(norm.num_features, generator) if factor is None else factor
+                norm.weight.mul_(factor)
+                norm.bias.mul_(factor)
+            assert factor is not None
+            for block in reader:
+                if isinstance(block, _Mobile):
+                    first_layer = block.expand[0]
+                    assert isinstance(first_layer, nn.Sequential)
+                    conv = first_layer[0]
+                    assert isinstance(conv, nn.Conv2d)
+                    conv.weight.div_(factor[None, :, None, None])
+                else:
+                    model.head.weight.div_(factor[None])
+        for block in (first, second, third, fourth):
+            assert isinstance(block, _Mobile)
+            assert block.squeeze.bias is not None
+            factor = _factors(block.squeeze.out_channels, generator)
+            block.squeeze.weight.mul_(factor[:, None, None, None])
+            block.squeeze.bias.mul_(factor)
+            block.excite.weight.div_(factor[None, :, None, None])
     return model
