@@ -26,7 +26,7 @@ from bitport.graph import Graph
 from bitport.numerics.intervals import paired_binary
 from bitport.plan import Plan
 from bitport.plan.constants import on_grid
-from bitport.recipe import Recipe, StepSpec
+from bitport.recipe import Override, Recipe, StepSpec
 from bitport.steps import _base as steps
 from bitport.targets._base import host
 
@@ -58,9 +58,14 @@ GROUPS: dict[str, tuple[Options, Options]] = {
 
 
 def outputs(
-    graph: Graph, chosen: tuple[Options, Options], effort: str, data: Sequence[Tensor], test: Tensor
-) -> tuple[Tensor, float]:
-    """(the runtime's outputs, seconds that the steps took)."""
+    graph: Graph,
+    chosen: tuple[Options, Options],
+    effort: str,
+    data: Sequence[Tensor],
+    test: Tensor,
+    overrides: Sequence[Override] = (),
+) -> tuple[Tensor, float, list[dict[str, str]]]:
+    """(the runtime's outputs, seconds that the steps took, what they tried)."""
     weights, activations = chosen
     if effort == "plain":
         weights, activations = {**weights, "range": "minmax"}, {**activations, "range": "minmax"}
@@ -71,7 +76,7 @@ def outputs(
     source = Source(
         list(data), role="calibration", names=[spec.name for spec in graph.inputs], labels="ignored"
     )
-    context = steps.Context(runtime.rules(), runtime.arithmetic(), source, graph)
+    context = steps.Context(runtime.rules(), runtime.arithmetic(), source, graph, overrides=tuple(overrides))
     work, plan = graph.clone(), Plan.empty(runtime.name)
     started = time.perf_counter()
     for use in uses:
@@ -81,7 +86,8 @@ def outputs(
     with tempfile.TemporaryDirectory() as scratch:
         runtime.export(work, plan, Path(scratch))
         session = runtime.open(Path(scratch))
-        return torch.cat([session.run((part,))[0] for part in torch.split(test, 250)]), seconds
+        found = torch.cat([session.run((part,))[0] for part in torch.split(test, 250)])
+    return found, seconds, context.tried
 
 
 def of_images(name: str, model: nn.Module, cells: Sequence[str]) -> list[list[str]]:
@@ -95,7 +101,7 @@ def of_images(name: str, model: nn.Module, cells: Sequence[str]) -> list[list[st
     for cell in cells:
         row = [name, f"{100 * right.float().mean():.2f} %", cell]
         for effort in EFFORTS:
-            found, seconds = outputs(graph, IMAGES[cell], effort, torch.split(images, 32), test)
+            found, seconds, _ = outputs(graph, IMAGES[cell], effort, torch.split(images, 32), test)
             interval = paired_binary(right.float(), (found.argmax(1) == labels).float())
             loss = f"{100 * interval.drop:.2f} ({100 * interval.low:.2f} … {100 * interval.high:.2f})"
             row.append(f"{loss}, {seconds:.1f} s")
@@ -120,7 +126,7 @@ def of_text(model: nn.Module) -> list[list[str]]:
     for cell, chosen in GROUPS.items():
         row = ["byte GPT", f"{before:.4f} bits a byte", cell]
         for effort in EFFORTS:
-            found, seconds = outputs(graph, chosen, effort, data, stretches[:, :-1].contiguous())
+            found, seconds, _ = outputs(graph, chosen, effort, data, stretches[:, :-1].contiguous())
             row.append(f"{100 * (bits(found) / before - 1):.2f} %, {seconds:.1f} s")
         rows.append(row)
         sys.stderr.write(" | ".join(row) + "\n")

@@ -77,7 +77,7 @@ def write(
     note: str = "",
     packages: tuple[str, ...] = (),
 ) -> None:
-    """Leave the result. seconds: of quantizing alone; where: what computed the outputs; packages: whose versions count."""
+    """Leave the result. seconds: of quantizing alone. where: what computed outputs. packages: to tell versions of."""
     out = Path(job["out"])
     out.mkdir(parents=True, exist_ok=True)
     np.save(out / "outputs.npy", outputs.detach().float().numpy())

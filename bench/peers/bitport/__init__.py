@@ -1,0 +1,1 @@
+"""bitport itself, judged by what ONNX Runtime computes."""

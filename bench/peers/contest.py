@@ -1,0 +1,278 @@
+"""bitport against other tools: `python -m bench.peers.contest [--write docs/benchmarks.md]`.
+
+The same networks, data and seeds for all; every tool in an environment of its own, which is made here. What has run
+already and hasn't changed is not run again. Everything lies in --folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.table import publish_section
+
+from . import cells, page
+from .cells import CELLS, Cell
+from .common import TESTED_AT_ONCE, UNSUPPORTED, built
+from .judge import Entry, Scores, Standing, pooled, scores
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+OWN = "bitport"
+EFFORTS = ("plain", "fast", "balanced", "best")
+LIMIT = 900  # seconds that a job may take
+TAIL = 2000  # characters of a log that are kept
+
+
+def peers() -> list[str]:
+    """The tools that there is a `run.py` for, in alphabetical order."""
+    return sorted(path.parent.name for path in HERE.glob("*/run.py") if path.parent.name != OWN)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one entrant."""
+
+    entrant: str
+    network: str
+    seed: int
+    cell: Cell
+    effort: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.entrant if self.effort is None else f"{self.entrant}-{self.effort}"
+
+    def place(self, folder: Path) -> Path:
+        return (
+            folder / "results" / self.name / f"{self.network}-{self.seed}-{self.cell.name.replace(' ', '_')}"
+        )
+
+
+def jobs(
+    entrants: Sequence[str], networks: Sequence[str], wanted: Sequence[str], seeds: Sequence[int]
+) -> Iterator[Job]:
+    """All runs, seed after seed, so that an early end leaves whole seeds."""
+    for seed in seeds:
+        for network in networks:
+            for cell in CELLS[network]:
+                if wanted and cell.name not in wanted:
+                    continue
+                for entrant in entrants:
+                    efforts = EFFORTS if entrant == OWN else (None,)
+                    yield from (Job(entrant, network, seed, cell, effort) for effort in efforts)
+
+
+# --------------------------------------------------------------------------------------------- environments
+
+
+@cache
+def environment(name: str, folder: Path) -> tuple[Path | None, str]:
+    """(its Python, "") of a tool, made where it isn't there; (None, why) where it can't be made."""
+    if name == OWN:
+        return Path(sys.executable), ""
+    place, said = folder / "env" / name, ""
+    for requirements in sorted((HERE / name).glob("requirements*.txt")):
+        wanted, mark = requirements.read_text(), place / "made"
+        if mark.exists() and mark.read_text() == wanted:
+            return place / "bin" / "python", ""
+        if not (place / "bin" / "python").exists():
+            venv.create(place, with_pip=True)
+        command = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "-r", str(requirements)]
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        (folder / "env" / f"{name}.log").write_text(made.stdout + made.stderr)
+        if made.returncode == 0:
+            mark.write_text(wanted)
+            return place / "bin" / "python", ""
+        said += f"{requirements.name}: {(made.stdout + made.stderr)[-TAIL:]}\n"
+    return None, said or "it has no requirements"
+
+
+@cache
+def sources(name: str) -> str:
+    """A digest of what an entrant's results depend on."""
+    files = [HERE / "common.py", ROOT / "bench" / "subjects.py", *sorted((HERE / name).glob("*"))]
+    if name == OWN:
+        files += [*sorted((ROOT / "src").rglob("*.py")), ROOT / "bench" / "efforts.py"]
+    found = hashlib.sha256()
+    for path in files:
+        if path.is_file():
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------- one run
+
+
+def run(job: Job, folder: Path, *, limit: int = LIMIT) -> dict[str, Any]:
+    """The result of a job: what its run left, or {"unsupported": why}, or {"failed": end of the log}."""
+    out = job.place(folder)
+    record = out / "record.json"
+    key = hashlib.sha256(f"{asdict(job)}{sources(job.entrant)}".encode()).hexdigest()
+    if record.exists():
+        found: dict[str, Any] = json.loads(record.read_text())
+        if found.get("key") == key:
+            return found
+    out.mkdir(parents=True, exist_ok=True)
+    result = {**_ran(job, out, folder, limit), "key": key}
+    record.write_text(json.dumps(result, indent=1))
+    return result
+
+
+def _ran(job: Job, out: Path, folder: Path, limit: int) -> dict[str, Any]:
+    python, why = environment(job.entrant, folder)
+    if python is None:
+        return {"failed": f"its environment can't be made: {why}"}
+    data = cells.data_of(job.network, job.seed, folder)
+    told = {
+        "network": job.network,
+        "seed": job.seed,
+        "effort": job.effort,
+        "state": str(cells.state_of(job.network, job.seed, folder)),
+        "cell": asdict(job.cell),
+        "calibration": str(data["calibration"]),
+        "test": str(data["test"]),
+        "out": str(out),
+    }
+    (out / "job.json").write_text(json.dumps(told, indent=1))
+    command = [str(python), "-m", f"bench.peers.{job.entrant}.run", str(out / "job.json")]
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    surroundings = {**os.environ, **threads, "CUDA_VISIBLE_DEVICES": ""}
+    with (out / "log").open("w") as log:
+        try:
+            code = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=surroundings,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return {"failed": f"it took more than {limit} s"}
+    end = (out / "log").read_text(errors="replace")[-TAIL:]
+    if code == UNSUPPORTED:
+        return {"unsupported": end.strip().splitlines()[-1] if end.strip() else ""}
+    if code or not (out / "result.json").exists():
+        return {"failed": end or f"it ended with {code}"}
+    result: dict[str, Any] = json.loads((out / "result.json").read_text())
+    return result
+
+
+# --------------------------------------------------------------------------------------------- judging
+
+
+@cache
+def _reference(network: str, seed: int, folder: Path) -> Scores:
+    """Scores of the float network; a twin computes what its original does."""
+    data = cells.data_of(network, seed, folder)
+    place = folder / "data" / f"float-{network}-{seed}.npy"
+    if not place.exists():
+        model = built(network, cells.state_of(network, seed, folder))
+        test = torch.from_numpy(np.load(data["test"]))
+        with torch.no_grad():
+            np.save(place, torch.cat([model(part) for part in torch.split(test, TESTED_AT_ONCE)]).numpy())
+    return scores(np.load(place), np.load(data["labels"]))
+
+
+def entry(runs: Sequence[Job], folder: Path) -> Entry:
+    """What one entrant did in one cell, over its seeds."""
+    references, others, seconds = [], [], []
+    last: dict[str, Any] = {}
+    for job in runs:
+        result = run(job, folder)
+        for key in ("unsupported", "failed"):
+            if key in result:
+                return Entry(reason=f"{key}: {result[key]}")
+        labels = np.load(cells.data_of(job.network, job.seed, folder)["labels"])
+        outputs = np.load(job.place(folder) / "outputs.npy")
+        if not np.isfinite(outputs).all():
+            return Entry(reason="failed: its outputs are not finite")
+        references.append(_reference(job.network, job.seed, folder))
+        others.append(scores(outputs, labels))
+        seconds.append(float(result["seconds"]))
+        last = result
+    found = pooled(references, others, seconds, text=runs[0].network == "gpt")
+    return replace(found, method=str(last.get("method", "")), where=str(last.get("where", "")))
+
+
+def standings(every: Sequence[Job], folder: Path) -> dict[tuple[str, Cell], Standing]:
+    """How each cell stands, in the order of the jobs."""
+    by_cell: dict[tuple[str, Cell], dict[str, list[Job]]] = {}
+    for job in every:
+        by_cell.setdefault((job.network, job.cell), {}).setdefault(job.name, []).append(job)
+    found = {}
+    for (network, cell), entrants in by_cell.items():
+        ours = {
+            runs[0].effort or "": entry(runs, folder) for runs in entrants.values() if runs[0].entrant == OWN
+        }
+        others = {name: entry(runs, folder) for name, runs in entrants.items() if runs[0].entrant != OWN}
+        found[network, cell] = Standing(network == "gpt", ours, others)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("build/contest"))
+    parser.add_argument("--peers", help="names, with commas; default: all")
+    parser.add_argument("--networks", default=",".join(CELLS))
+    parser.add_argument("--cells", default="", help="names, with semicolons; default: all")
+    parser.add_argument("--seeds", default=",".join(map(str, cells.SEEDS)))
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="runs side by side: their seconds are no timings then"
+    )
+    parser.add_argument("--write", type=Path, help="also write the section to this page")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    entrants = list(dict.fromkeys([OWN, *(arguments.peers.split(",") if arguments.peers else peers())]))
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    wanted = [name for name in arguments.cells.split(";") if name]
+    every = list(jobs(entrants, arguments.networks.split(","), wanted, seeds))
+    for name in entrants:
+        _, why = environment(name, folder)
+        sys.stderr.write(f"{name}: {'ready' if not why else 'no environment'}\n")
+    for network in arguments.networks.split(","):
+        for seed in seeds:
+            cells.state_of(network, seed, folder)
+            cells.data_of(network, seed, folder)
+    with ThreadPoolExecutor(max_workers=arguments.at_once) as pool:
+        for index, (job, result) in enumerate(
+            zip(every, pool.map(lambda job: run(job, folder), every), strict=True), 1
+        ):
+            state = next(
+                (key for key in ("failed", "unsupported") if key in result),
+                f"{result.get('seconds', 0):.1f} s",
+            )
+            sys.stderr.write(
+                f"{index}/{len(every)} {job.name} {job.network} {job.seed} {job.cell.name}: {state}\n"
+            )
+    versions = {name: _versions(name, every, folder) for name in entrants}
+    publish_section(page.section(standings(every, folder), versions, seeds), arguments.write, page.HEADING)
+
+
+def _versions(name: str, every: Sequence[Job], folder: Path) -> dict[str, str]:
+    for job in every:
+        if job.entrant == name:
+            found = run(job, folder).get("versions")
+            if found:
+                return dict(found)
+    return {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The contest's arithmetic: losses, ties, medians, who could not run; its jobs and their keys; the page; the twins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bench import subjects
+from bench.peers import cells, contest, page
+from bench.peers.cells import Cell
+from bench.peers.contest import Job
+from bench.peers.judge import Entry, Standing, loss, pooled, scores
+from bench.table import CONTEST, publish, publish_section
+
+RIGHT = np.ones(1000)
+
+
+def wrong(count: int, start: int = 0) -> Any:
+    found = RIGHT.copy()
+    found[start : start + count] = 0
+    return found
+
+
+def entrant(count: int, start: int = 0, seconds: float = 1.0) -> Entry:
+    return pooled([RIGHT], [wrong(count, start)], [seconds], text=False)
+
+
+# --------------------------------------------------------------------------- scores and losses
+
+
+def test_images_are_right_or_wrong() -> None:
+    outputs = np.array([[0.1, 0.9], [0.8, 0.2]], dtype=np.float32)
+    assert scores(outputs, np.array([1, 1])).tolist() == [1.0, 0.0]
+
+
+def test_texts_are_scored_by_bits_a_byte() -> None:
+    outputs = np.zeros((3, 5, 4), dtype=np.float32)  # four bytes, all alike: two bits each
+    found = scores(outputs, np.zeros((3, 5), dtype=np.int64))
+    assert np.allclose(found, -2.0)
+    assert loss(found, 1.01 * found, text=True).drop == pytest.approx(1.0)  # one percent more bits
+
+
+def test_losses_are_in_points_and_paired() -> None:
+    found = loss(RIGHT, wrong(20), text=False)
+    assert found.drop == pytest.approx(2.0) and 1.0 < found.low < 2.0 < found.high < 3.5
+
+
+def test_seeds_are_pooled_sample_by_sample() -> None:
+    found = pooled([RIGHT, RIGHT], [wrong(10), wrong(30)], [1.0, 3.0], text=False)
+    assert found.loss is not None and found.loss.drop == pytest.approx(2.0) and found.loss.n == 2000
+    assert found.seconds == 2.0
+
+
+# --------------------------------------------------------------------------- who is ahead
+
+
+def standing(ours: int, start: int, *peers: int | str) -> Standing:
+    others = {
+        f"peer{index}": Entry(reason=found) if isinstance(found, str) else entrant(found)
+        for index, found in enumerate(peers)
+    }
+    own = entrant(ours, start)
+    return Standing(False, {"balanced": own, "best": own}, others)
+
+
+@pytest.mark.parametrize(
+    ("ours", "start", "peers", "median", "ahead_of_median", "ahead_of_best", "word"),
+    [
+        (5, 0, (40, 60, 80), 6.0, True, True, "ahead"),
+        (120, 0, (40, 60, 80), 6.0, False, False, "behind"),
+        (70, 0, (10, 70, 80), 7.0, True, False, "behind"),
+        (42, 500, (40, 60, 80), 6.0, True, True, "tied"),  # as many, of other samples
+        (5, 0, (40, "unsupported: no"), 4.0, True, True, "ahead"),
+        (5, 0, (60, 40, "failed: log"), 5.0, True, True, "ahead"),
+    ],
+)
+def test_standings(
+    ours: int, start: int, peers: Any, median: float, ahead_of_median: bool, ahead_of_best: bool, word: str
+) -> None:
+    found = standing(ours, start, *peers)
+    assert found.median_loss == pytest.approx(median)
+    assert found.beats_median("balanced") is ahead_of_median and found.beats_best("best") is ahead_of_best
+    gap = found.against_best("best")
+    assert gap is not None and page._verdict(gap).endswith(word)
+
+
+def test_nobody_ran() -> None:
+    found = standing(5, 0, "failed: x", "unsupported: y")
+    assert found.best_peer is None and found.median_loss is None
+    assert found.beats_median("balanced") is None and found.beats_best("best") is None
+
+
+def test_the_page_tells_gaps_failures_and_versions() -> None:
+    cell = Cell("W4A4", 4, 4)
+    found = {
+        ("thin", cell): standing(5, 0, 40, "unsupported: it has no 4 bits"),
+        ("vit", cell): standing(120, 0, 40, "failed: Traceback\n  File\nValueError: planted"),
+    }
+    text = page.section(found, {"peer0": {"torch": "9.9"}}, [0, 1, 2])
+    assert text.startswith(CONTEST)
+    assert "peer0: 4.00 (" in text and ": ahead |" in text and ": behind |" in text
+    assert "in 1 of 2 cells" in text and "torch 9.9" in text
+    assert "unsupported: it has no 4 bits" in text and "failed: ValueError: planted" in text
+
+
+def test_a_section_is_replaced_and_survives_the_rest_of_its_page(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "page.md"
+    publish("# Benchmarks\n\none\n", path)
+    publish_section(f"{CONTEST}\n\nfirst\n", path, CONTEST)
+    publish_section(f"{CONTEST}\n\nsecond\n", path, CONTEST)
+    publish("# Benchmarks\n\ntwo\n", path)
+    assert path.read_text() == f"# Benchmarks\n\ntwo\n\n{CONTEST}\n\nsecond\n"
+    assert "second" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------- jobs
+
+
+def test_every_cell_is_run_by_everyone_seed_after_seed() -> None:
+    found = list(contest.jobs(["bitport", "other"], ["thin", "gpt"], [], [0, 1]))
+    assert [job.seed for job in found] == sorted(job.seed for job in found)
+    assert len(found) == 2 * (4 + 6) * (len(contest.EFFORTS) + 1)
+    assert len({job.place(Path()) for job in found}) == len(found)
+    (only,) = contest.jobs(["other"], ["thin"], ["W4A4"], [0])
+    assert only.cell.activations == 4
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    seen: list[Job] = []
+
+    def run(job: Job, out: Path, folder: Path, limit: int) -> dict[str, Any]:
+        seen.append(job)
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(contest, "_ran", run)
+    return seen
+
+
+def test_what_has_run_is_not_run_again_until_something_changes(
+    ran: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job("other", "thin", 0, Cell("W4A4", 4, 4))
+    first = contest.run(job, tmp_path)
+    assert contest.run(job, tmp_path) == first and len(ran) == 1
+    contest.run(Job("other", "thin", 0, Cell("W4A4", 4, 8)), tmp_path)
+    assert len(ran) == 2
+    monkeypatch.setattr(contest, "sources", lambda name: "changed")
+    contest.run(job, tmp_path)
+    assert len(ran) == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "limit", "wanted"),
+    [
+        ("import sys; sys.stderr.write('no way\\n'); sys.exit(3)", 60, {"unsupported": "no way"}),
+        ("raise ValueError('planted')", 60, {"failed": "ValueError: planted"}),
+        ("import time; time.sleep(30)", 1, {"failed": "it took more than 1 s"}),
+        ("pass", 60, {"failed": "it ended with 0"}),
+    ],
+)
+def test_how_a_run_can_end(
+    script: str, limit: int, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {contest.sys.executable} -c "{script}"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(contest, "environment", lambda name, folder: (python, ""))
+    monkeypatch.setattr(cells, "state_of", lambda *given: tmp_path)
+    monkeypatch.setattr(cells, "data_of", lambda *given: dict.fromkeys(("calibration", "test"), tmp_path))
+    found = contest.run(Job("hqq", "thin", 0, Cell("W4A4", 4, 4)), tmp_path, limit=limit)
+    ((kind, said),) = wanted.items()
+    assert said in found[kind]
+    record = json.loads(
+        (Job("hqq", "thin", 0, Cell("W4A4", 4, 4)).place(tmp_path) / "record.json").read_text()
+    )
+    assert record == found
+
+
+def test_a_tool_without_an_environment_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "environment", lambda name, folder: (None, "no such version"))
+    found = contest.run(Job("hqq", "thin", 0, Cell("W4A4", 4, 4)), tmp_path)
+    assert "no such version" in found["failed"]
+
+
+# --------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize(
+    ("make", "rescale"),
+    [(subjects.ThinNet, subjects.rescaled), (subjects.MobileNet, subjects.rescaled_mobile)],
+)
+def test_a_twin_is_the_same_function_with_channels_far_apart(make: Any, rescale: Any) -> None:
+    torch.manual_seed(0)
+    model = make()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.weight.data.uniform_(0.8, 1.2)
+    model.eval()
+    x, _ = subjects.digits(16, 2, test=True)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        before = model(x)
+        twin = rescale(model)
+        after = twin(x)
+    assert torch.allclose(before, after, rtol=0, atol=1e-4 * float(before.abs().max()))
+    weights = [norm.weight.detach().abs() for norm in norms]
+    spread = max(float(weight.max() / weight.min()) for weight in weights)
+    assert spread > 20
