@@ -198,9 +198,11 @@ class Graph:
         """Checks the laws of a stage (default: the graph's own). Raises GraphError naming node and law."""
         spec.check(self, stage or self.stage)
 
-    def clone(self) -> Graph:
-        """A deep copy that shares nothing with this graph."""
-        twin = Graph(copy.deepcopy(self.gm), self.inputs, self.notes, self.stage, self.sizes)
+    def clone(self, *, sharing: bool = False) -> Graph:
+        """A deep copy that shares nothing with this graph; or its tensors, until either graph is given other ones."""
+        tensors = (*self.gm.parameters(), *self.gm.buffers()) if sharing else ()
+        known = {id(tensor): tensor for tensor in tensors}
+        twin = Graph(copy.deepcopy(self.gm, known), self.inputs, self.notes, self.stage, self.sizes)
         twin.origin = dict(self.origin)
         twin.examples = dict(self.examples)
         return twin

@@ -37,7 +37,7 @@ def corrected_bias(bias: Tensor | None, mean_float_C: Tensor, mean_quantized_C: 
             "channel"
         )
     shift_C = mean_float_C.detach().double() - mean_quantized_C.detach().double()
-    return _shifted(bias, shift_C, like.dtype)
+    return shifted_bias(bias, shift_C, like.dtype)
 
 
 def analytic_bias(
@@ -75,10 +75,11 @@ def analytic_bias(
     error_GOI = error_OI.reshape(groups, outputs // groups, -1)
     mean_GI = mean_input_I.detach().double().reshape(groups, -1)
     shift_O = -torch.einsum("goi,gi->go", error_GOI, mean_GI).reshape(-1)
-    return _shifted(bias, shift_O, weight.dtype if bias is None else bias.dtype)
+    return shifted_bias(bias, shift_O, weight.dtype if bias is None else bias.dtype)
 
 
-def _shifted(bias: Tensor | None, shift: Tensor, dtype: torch.dtype) -> Tensor:
+def shifted_bias(bias: Tensor | None, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """bias + shift, computed in float64, in `dtype`. Raises WeightsError where the result isn't finite."""
     result = (shift if bias is None else bias.detach().double() + shift).to(dtype)
     if not bool(torch.isfinite(result).all()):
         raise WeightsError(

@@ -57,3 +57,31 @@ class SoftRounding:
     def _at(self, up: Tensor) -> Tensor:
         codes = (self.floor + up).clamp(self.low - self.zero_point, self.high - self.zero_point)
         return codes * self.scale
+
+
+class StraightCodes:
+    """A weight on its grid whose codes and scales learn, the gradient going straight through the rounding.
+
+    codes_RK: int32, with one scale_R and zero_point_R a row (`rows`). Source: Esser et al. 2020, arXiv:1902.08153.
+    """
+
+    def __init__(self, codes_RK: Tensor, scale_R: Tensor, zero_point_R: Tensor, low: int, high: int) -> None:
+        self._zero_point, self._scale = zero_point_R[:, None].float(), scale_R[:, None]
+        self._low, self._high = low - self._zero_point, high - self._zero_point
+        self.latent = (codes_RK.float() - self._zero_point).requires_grad_()
+        self.log = torch.zeros_like(self._scale).requires_grad_()
+
+    def scale(self) -> Tensor:
+        """What the scales have become, [R]."""
+        return (self._scale * self.log.exp())[:, 0]
+
+    def values(self) -> Tensor:
+        """The weight that is stored, [R, K]: on its grid at any time."""
+        steps = self.latent.clamp(self._low, self._high)
+        return (steps + (steps.round() - steps).detach()) * self.scale()[:, None]
+
+
+def blended(x_N: Tensor, other_N: Tensor, share_N: Tensor) -> Tensor:
+    """(1 − λ) x + λ x': samples between samples (Zhang et al. 2018, arXiv:1710.09412). share_N: λ, one a sample."""
+    share = share_N.reshape(-1, *[1] * (x_N.dim() - 1)).to(x_N.dtype)
+    return (1 - share) * x_N + share * other_N

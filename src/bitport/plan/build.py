@@ -9,10 +9,12 @@ import torch
 
 from ..formats import Format
 from ..graph import Edge, Operand
+from ..graph.simplify import CONTRACTIONS
 from ..graph.reading import first_name, output_slots, placeholders, present, producer_name
 from ..rules import Derived, Free, Ranged, Shared, Weight
 from .decisions import Decisions
 from .model import NodePlan, Plan, TensorPlan
+from .options import TensorOptions
 
 EVERY_WEIGHT = "every weight"  # the tie of weights that share one global scale
 
@@ -46,9 +48,11 @@ class _Builder:
                     self._member(tie, d.names[producer], producer)
         for node, slot, operand in self.biases:
             self._bias(node, slot, operand)
+        multiplied = self._multiplied()
         for tie in dict.fromkeys(self.edges.values()):
             if tie not in self.ties:
-                self.ties[tie] = self._activation_tie(tie, self.members.get(tie, [tie]))
+                options = d.options(tie) if tie in multiplied else d.options(tie).away_from_layers()
+                self.ties[tie] = self._activation_tie(tie, self.members.get(tie, [tie]), options)
         return Plan(d.ruleset.name, self.edges, self.ties, self._node_plans())
 
     def _use(self, producer: str, consumer: str, slot: int) -> str:
@@ -139,8 +143,8 @@ class _Builder:
         self.ties[tie] = replace(wanted, members=tuple(members))
         return tie
 
-    def _activation_tie(self, tie: str, members: Sequence[str]) -> TensorPlan:
-        d, options = self.d, self.d.options(tie)
+    def _activation_tie(self, tie: str, members: Sequence[str], options: TensorOptions) -> TensorPlan:
+        d = self.d
         fmt = options.for_activations()
         for name, bounds in d.fixed.items():
             if d.ties.find(name) == tie:
@@ -152,6 +156,12 @@ class _Builder:
         clamped = any(d.ties.find(d.names[follower]) == tie for follower in d.absorbs.values())
         choose = options.symmetric == "auto" and not clamped
         return TensorPlan(fmt, "measured", range=options.range, members=tuple(members), choose=choose)
+
+    def _multiplied(self) -> set[str]:
+        """Ties of tensors that a layer multiplies by its weights."""
+        d = self.d
+        layers = {d.names[node] for node in d.nodes if d.ops[node].kind in CONTRACTIONS}
+        return {tie for edge, tie in self.edges.items() if edge.consumer in layers}
 
     def _node_plans(self) -> dict[str, NodePlan]:
         d = self.d

@@ -30,6 +30,8 @@ class TensorOptions:
         symmetric: whether the zero point is fixed; "auto": whichever measures a smaller error; None: as is usual
             (weights symmetric where the format can be, activations not).
         dynamic: activations are quantized while the network runs.
+        elsewhere: of activations, the format of tensors that no layer multiplies by its weights (what additions,
+            gates, norms and attention read); None: `format`, where that has 8 bits or more, else int8.
     """
 
     format: str = "int8"
@@ -38,6 +40,7 @@ class TensorOptions:
     range: str | Mapping[str, Any] = "minmax"
     symmetric: bool | Literal["auto"] | None = None
     dynamic: bool = False
+    elsewhere: str | None = None
 
     def changed(self, options: Mapping[str, Any]) -> TensorOptions:
         """These options with some replaced.
@@ -74,6 +77,17 @@ class TensorOptions:
         """The Format of activations. Raises FormatError where the words contradict each other."""
         return self._parsed("tensor")
 
+    def away_from_layers(self) -> TensorOptions:
+        """The options of a tensor that no layer multiplies by its weights.
+
+        Few bits save memory and work where weights meet activations; an addition or a gate gains nothing from them,
+        and what a residual stream loses is lost for all layers behind it.
+        """
+        if self.elsewhere is not None:
+            return self.changed({"format": self.elsewhere})
+        fmt = Format.parse(self.format)
+        return self.changed({"format": USUAL}) if fmt.is_int and fmt.bits < Format.parse(USUAL).bits else self
+
     def _parsed(self, default: str) -> Format:
         fmt = Format.parse(self.format)
         if fmt.unscaled:
@@ -94,6 +108,9 @@ class TensorOptions:
 def _says_granularity(text: str, fmt: Format) -> bool:
     """Whether the text of a format says what shares a scale, instead of leaving it to the default."""
     return fmt.granularity != "tensor" or "tensor" in text.split()
+
+
+USUAL = "int8"  # of tensors that no layer multiplies
 
 
 class Override(Protocol):
@@ -156,10 +173,15 @@ def resolve(
             )
         for node in hits:
             w[node] = w[node].changed(override.weights or {})
-            a[node] = a[node].changed(override.activations or {})
+            a[node] = a[node].changed(_wherever(override.activations or {}))
     for node in nodes:
         _check(graph, ruleset, node, w[node], a[node])
     return w, a
+
+
+def _wherever(activations: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an override says of one operator's result holds whoever reads it."""
+    return {"elsewhere": activations["format"], **activations} if "format" in activations else activations
 
 
 def mode_of(weights: TensorOptions, activations: TensorOptions) -> Mode:
@@ -172,16 +194,17 @@ def mode_of(weights: TensorOptions, activations: TensorOptions) -> Mode:
 def _check(
     graph: Graph, ruleset: Ruleset, node: torch.fx.Node, weights: TensorOptions, activations: TensorOptions
 ) -> None:
-    fmt = activations.for_activations()
     stored = () if activations.dynamic else ruleset.stored
-    if not activations.is_float and str(fmt).split()[0] not in stored:
-        held = ruleset.dynamic if activations.dynamic and ruleset.dynamic else ruleset.activations
-        objection = held.objection(fmt)
-        if objection is not None:
-            raise TargetError(
-                f"{ruleset.name} has no integer kernels for {activations.format} activations ({objection}); it holds "
-                f"{_listed([str(held), *stored])} (or float32)"
-            )
+    for options in (activations, activations.away_from_layers()):
+        fmt = options.for_activations()
+        if not options.is_float and str(fmt).split()[0] not in stored:
+            held = ruleset.dynamic if options.dynamic and ruleset.dynamic else ruleset.activations
+            objection = held.objection(fmt)
+            if objection is not None:
+                raise TargetError(
+                    f"{ruleset.name} has no integer kernels for {options.format} activations ({objection}); it holds "
+                    f"{_listed([str(held), *stored])} (or float32)"
+                )
     if weights.is_float or graph.op(node).kind not in WITH_WEIGHTS:
         return
     mode = mode_of(weights, activations)

@@ -48,14 +48,18 @@ def check_tensor_options(key: str, table: Mapping[str, Any], path: str) -> None:
     from bitport.numerics import ranges
     from bitport.plan import TensorOptions
 
-    _check_fields(table, TensorOptions, path, without=("dynamic",) if key == "weights" else ("group",))
+    _check_fields(table, TensorOptions, path, without=("dynamic", "elsewhere") if key == "weights" else ("group",))
     known = GRANULARITIES if key == "weights" else ("global", "tensor")
     granularity = table.get("granularity", "tensor")
     if granularity not in known:
         raise RecipeError(f"{path}.granularity is {granularity!r}; known: {', '.join(known)}")
     try:
         options = TensorOptions(**table)
-        _ = options.for_weights(0) if key == "weights" else options.for_activations()
+        if key == "weights":
+            options.for_weights(0)
+        else:
+            options.for_activations()
+            options.away_from_layers().for_activations()
     except BitportError as error:
         raise RecipeError(f"{path}.format: {error}") from error
     try:

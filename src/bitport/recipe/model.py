@@ -36,7 +36,7 @@ AFTER_QUANTIZE = {
     "plain": ("calibrate",),
     "fast": ("calibrate", "equalize", "correct_bias"),
     "balanced": ("calibrate", "equalize", "gptq", "correct_bias"),
-    "best": ("calibrate", "equalize", "reconstruct", "gptq", "correct_bias"),
+    "best": ("calibrate", "equalize", "reconstruct", "gptq", "self_distil", "correct_bias"),
 }
 DEFAULT_EFFORT = "fast"
 

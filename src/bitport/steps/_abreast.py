@@ -6,32 +6,38 @@ through both networks once. Alive are the values that somebody still reads, of e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from ..graph import Graph
+from ..graph import Graph, Op
+from ..graph.reading import constant_names
+from ..numerics.hessian import patches, spread_evenly
 from ..plan import Plan
 from ..simulate import Arithmetic, Run, Simulator
 from ._judge import Inputs
 
 
 class Abreast:
-    """Attributes: graph, the float network; work, its copy whose weights may change; plan, the one in force;
+    """Attributes: real, the float network; work, the copy whose weights may change; plan, the one in force;
     runs, the (float, simulated) run of every batch."""
 
-    def __init__(self, graph: Graph, plan: Plan, arithmetic: Arithmetic, batches: Sequence[Inputs]) -> None:
-        self.graph, self.work, self.plan = graph, graph.clone(), plan
+    def __init__(
+        self, real: Graph, graph: Graph, plan: Plan, arithmetic: Arithmetic, batches: Sequence[Inputs]
+    ) -> None:
+        self.real, self.work, self.plan = real, graph.clone(sharing=True), plan
         self._simulator = Simulator(self.work, plan, arithmetic)
-        floats = Simulator(graph, Plan.empty(plan.target), Arithmetic())
+        floats = Simulator(real, Plan.empty(plan.target), Arithmetic())
         self.runs: list[tuple[Run, Run]] = [
             (floats.begin(batch), self._simulator.begin(batch)) for batch in batches
         ]
 
     def walk(self) -> Iterator[tuple[fx.Node, fx.Node]]:
         """(float node, its copy) in the network's order, each before it runs; the output isn't among them."""
-        for real, node in zip(self.graph.gm.graph.nodes, self.work.gm.graph.nodes, strict=True):
+        for real, node in zip(self.real.gm.graph.nodes, self.work.gm.graph.nodes, strict=True):
             if node.op == "output":
                 return
             yield real, node
@@ -44,3 +50,27 @@ class Abreast:
         """Go on with another plan, and with the weights of `work` as they are now."""
         self.plan = plan
         self._simulator.change(plan)
+
+
+def readers_of(graph: Graph, plan: Plan | None = None) -> Counter[int]:
+    """How many operators read a tensor, by its identity; with a plan only of tensors that it stores as weights."""
+    stored = None
+    if plan is not None:
+        stored = {edge.producer for edge, tie in plan.edges.items() if plan.ties[tie].source == "weight"}
+    names = constant_names(graph) if stored is None else stored
+    return Counter(id(graph.tensor(edge.producer)) for edge in graph.edges() if edge.producer in names)
+
+
+def has_rows(op: Op) -> bool:
+    """Whether a layer multiplies plain windows of what it reads, which `rows_of` takes."""
+    zeros = op.attrs.get("padding_mode", "zeros") == "zeros"
+    return zeros and isinstance(op.attrs.get("padding", ()), Sequence)
+
+
+def rows_of(x: Tensor, attrs: Mapping[str, Any], kernel: tuple[int, ...], most: int) -> Tensor:
+    """What a layer multiplies its weights by: [P, B, K], P of `most` at most; `kernel` is empty for a Linear."""
+    if not kernel:
+        flat = x.reshape(-1, 1, x.shape[-1])
+        return flat[spread_evenly(len(flat), most)]
+    stride, padding, dilation = (tuple(attrs[key]) for key in ("stride", "padding", "dilation"))
+    return patches(x, kernel, stride, padding, dilation, attrs["groups"], most)

@@ -21,6 +21,7 @@ from ..data import Source
 from ..errors import BitportError, RecipeError, first_line
 from ..graph import Graph
 from ..plan import Override, Plan
+from ..plan.rescaled import counterpart
 from ..progress import NullProgress, Progress
 from ..rules import Ruleset
 from ..simulate import Arithmetic
@@ -57,6 +58,26 @@ class Context:
     progress: Progress = field(default_factory=NullProgress)
     notes: list[str] = field(default_factory=list)
     tried: list[dict[str, str]] = field(default_factory=list)
+    _folded: Graph | None = field(default=None, repr=False)
+
+    def remember_folded(self, graph: Graph) -> None:
+        """Keep the float network as `fold` leaves it; the tensors are shared until a step replaces its own."""
+        self._folded = graph.clone(sharing=True)
+
+    def original(self, graph: Graph, plan: Plan) -> Graph:
+        """The float network that `graph` under `plan` stands for, operator by operator, with its own weights.
+
+        Steps that choose weights change them in the graph: what they leave is no float network to compare with. Where
+        a step gave the network other operators there is no such network, and `graph` itself is returned.
+        """
+        base = self.reference
+        if graph.stage == "folded" and base.stage != "folded":
+            if self._folded is None:
+                base = base.clone(sharing=True)
+                registry.get("steps", "fold").fold(base, self.rules)
+                self._folded = base
+            base = self._folded
+        return counterpart(base, plan) if _layout(base) == _layout(graph) else graph
 
     def float_pass(self, graph: Graph) -> Callable[[Sequence[Tensor], OnValue], tuple[Tensor, ...]]:
         """A function that runs a float graph on the device: (inputs, on_value) → flat outputs, as `Graph.run`.
@@ -76,6 +97,13 @@ class Context:
                 return twin.run(*moved, on_value=lambda node, value: on_value(original[node], value))
 
         return run
+
+
+def _layout(graph: Graph) -> list[tuple[str, str]]:
+    nodes = graph.gm.graph.nodes
+    return [(node.op, graph.name(node)) for node in nodes if node.op != "output"] + [
+        (str(tuple(tensor.shape)), name) for name, tensor in graph.gm.named_parameters()
+    ]
 
 
 def usable_device(device: str | None) -> str:

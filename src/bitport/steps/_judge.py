@@ -32,7 +32,7 @@ def parted(calibration: Source, graph: Graph, samples: int) -> tuple[list[Inputs
     held = len(found) // HELD or int(len(found) > 1)
     if held:
         return found[:-held], found[-held:]
-    if len(found) == 1 and _has_batches(graph):
+    if len(found) == 1 and has_batches(graph):
         count = len(found[0][0])
         cut = count - (count // HELD or int(count > 1))
         if 0 < cut < count:
@@ -42,12 +42,13 @@ def parted(calibration: Source, graph: Graph, samples: int) -> tuple[list[Inputs
 
 def split_batches(batches: Sequence[Inputs], graph: Graph, size: int) -> list[Inputs]:
     """The same samples in batches of at most `size`, where all inputs share a batch axis."""
-    if not _has_batches(graph):
+    if not has_batches(graph):
         return list(batches)
     return [part for batch in batches for part in zip(*(torch.split(x, size) for x in batch), strict=True)]
 
 
-def _has_batches(graph: Graph) -> bool:
+def has_batches(graph: Graph) -> bool:
+    """Whether all inputs share a batch axis, so that samples can be taken apart and put together."""
     shapes = [spec.shape for spec in graph.inputs]
     axis = shapes[0][0] if shapes and shapes[0] else None
     return isinstance(axis, str) and all(shape and shape[0] == axis for shape in shapes)

@@ -19,6 +19,7 @@ class Options:
 def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[Graph, Plan]:
     """Rewrite `graph`; its outputs in eval mode stay what they were (to float rounding)."""
     fold(graph, context.rules)
+    context.remember_folded(graph)
     return graph, plan
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -17,17 +16,19 @@ from ..numerics.codes import decode, encode
 from ..numerics.error import sqnr_db
 from ..numerics.gptq import by_rows, solve, spans
 from ..numerics.grid import Grid
-from ..numerics.hessian import InputMoments, damped, patches, shifted, spread_evenly
+from ..numerics.hessian import InputMoments, damped, shifted
 from ..plan import Plan, TensorPlan
 from ..plan.constants import grid_of, settle
 from . import correct_bias
-from ._abreast import Abreast
+from ._abreast import Abreast, has_rows, readers_of, rows_of
 from ._base import Context
 from ._judge import Inputs, output_error, parted
 from .calibrate import room_for_biases
 
 WHAT = "GPTQ"
-PLAINLY = 0.5  # a result that leaves more of the error than this is held against one of unmoved weights
+SHARES = (1.0, 0.5, 0.0)  # of `shift` that are tried
+FEW = 2**19  # weights up to which all of them are; beyond, a plain gain is enough
+PLAINLY = 0.5  # of the error is left then, or less
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     Float and simulated network go through the calibration data side by side, operator by operator, so that each layer
     is solved on the rounded inputs that it will read, and the data is read once. The result is kept where the simulated
     outputs are nearer to the float network's on samples held back; both sides may correct biases. Where little data
-    says more than is true, moving weights before they are rounded (`shift`) does harm: without a plain gain it is
-    tried again without.
+    says more than is true, moving weights before they are rounded (`shift`) does harm: half of it is tried as well,
+    and none, on small networks always and on large ones where there was no plain gain.
     """
     layers, left = layers_of(graph, plan, options)
     for reason, names in left.items():
@@ -91,14 +92,16 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     if not layers:
         return graph, plan
     fit, held = parted(context.calibration, graph, options.samples)
+    real = context.original(graph, plan)
 
     def error(candidate: Graph, planned: Plan) -> float:
-        return output_error(candidate, planned, graph, context.arithmetic, held)
+        return output_error(candidate, planned, real, context.arithmetic, held)
 
     corrected = correct_bias.corrected(graph, plan, context)
     before = best = min(error(graph, plan), error(corrected, plan))
     kept, samples = (graph, plan), sum(len(x[0]) if x[0].dim() else 1 for x in held)
-    for share in dict.fromkeys((options.shift, 0.0)):
+    small = sum(graph.tensor(layer.weight).numel() for layer in layers) <= FEW
+    for share in dict.fromkeys(options.shift * part for part in SHARES):
         solving = _Solving(graph, plan, context, replace(options, shift=share), layers, fit)
         with context.progress.task("solving for weights", len(layers)) as task, torch.no_grad():
             found = solving.run(task.advance)
@@ -111,7 +114,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         context.tried.append({"what": WHAT, "outcome": outcome, "reason": reason})
         if after < best:
             kept, best = found, after
-        if best < PLAINLY * before:
+        if best < PLAINLY * before and not small:
             break
     for why, names in _by_reason(solving.refused).items():
         context.tried.append({"what": WHAT, "outcome": "left out", "reason": f"{listed(names)}: {why}"})
@@ -133,8 +136,7 @@ def layers_of(graph: Graph, plan: Plan, options: Options) -> tuple[list[Layer], 
     """The layers to solve for, in order; and those left out, by reason."""
     layers: list[Layer] = []
     left: dict[str, list[str]] = {}
-    stored = {edge.producer for edge, tie in plan.edges.items() if plan.ties[tie].source == "weight"}
-    readers = Counter(id(graph.tensor(edge.producer)) for edge in graph.edges() if edge.producer in stored)
+    readers = readers_of(graph, plan)
     for node in graph.nodes():
         name, op = graph.name(node), graph.op(node)
         tie = _weight_tie(plan, name, op)
@@ -171,10 +173,8 @@ def _objection(op: Op, weight: Tensor, tie: TensorPlan, readers: int, options: O
         return f"{fmt} has no scales to solve for"
     if fmt.granularity in ("channel", "group") and (fmt.axis or 0) % weight.dim() != 0:
         return "its scales don't run along its outputs"
-    if op.attrs.get("padding_mode", "zeros") != "zeros":
-        return f"its padding is {op.attrs['padding_mode']!r}"
-    if not weight.numel() or not isinstance(op.attrs.get("padding", ()), Sequence):
-        return "it has no weights, or pads unlike a convolution"
+    if not weight.numel() or not has_rows(op):
+        return "it has no weights, or pads with something else than zeros"
     if prod(weight.shape[1:]) > options.inputs:
         return f"its rows have more than {options.inputs} weights"
     grid = grid_of(tie)
@@ -195,7 +195,7 @@ class _Solving(Abreast):
         layers: Sequence[Layer],
         batches: Sequence[Inputs],
     ) -> None:
-        super().__init__(graph, plan, context.arithmetic, batches)
+        super().__init__(context.original(graph, plan), graph, plan, context.arithmetic, batches)
         self.options = options
         self.layers = {layer.name: layer for layer in layers}
         self.refused: dict[str, str] = {}
@@ -265,7 +265,7 @@ class _Solving(Abreast):
         for float_run, run in self.runs:
             x, hat = float_run.read(real, 0), run.read(node, 0)
             if x.numel():
-                moments.update(_rows_of(x, op.attrs, kernel, most), _rows_of(hat, op.attrs, kernel, most))
+                moments.update(rows_of(x, op.attrs, kernel, most), rows_of(hat, op.attrs, kernel, most))
         self._last = (key, moments)
         return moments
 
@@ -286,11 +286,3 @@ class _Solving(Abreast):
         assert raised is not None
         return None if bool((raised <= 2.0**-100).all()) else by_rows(raised, rows)
 
-
-def _rows_of(x: Tensor, attrs: Mapping[str, Any], kernel: tuple[int, ...], most: int) -> Tensor:
-    """What a layer multiplies its weights by: [P, B, K]."""
-    if not kernel:
-        flat = x.reshape(-1, 1, x.shape[-1])
-        return flat[spread_evenly(len(flat), most)]
-    stride, padding, dilation = (tuple(attrs[key]) for key in ("stride", "padding", "dilation"))
-    return patches(x, kernel, stride, padding, dilation, attrs["groups"], most)

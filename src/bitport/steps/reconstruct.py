@@ -71,7 +71,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     learning = _Learning(graph, plan, context, options, layers, split_batches(fit, graph, options.batch))
     learned = learning.run()
     before, after = (
-        output_error(*candidate, graph, context.arithmetic, held) for candidate in (solved, learned)
+        output_error(*candidate, context.original(graph, plan), context.arithmetic, held) for candidate in (solved, learned)
     )
     kept = after < before
     reason = (
@@ -104,12 +104,12 @@ class _Learning(Abreast):
         layers: Sequence[gptq.Layer],
         batches: Sequence[Inputs],
     ) -> None:
-        super().__init__(graph, plan, context.arithmetic, batches)
+        super().__init__(context.original(graph, plan), graph, plan, context.arithmetic, batches)
         self.context, self.options = context, options
         self.layers = {layer.name: layer for layer in layers}
         self.blocks = self.kept = 0
         self._random = torch.Generator().manual_seed(context.seed)
-        self._float_node = dict(zip(self.work.gm.graph.nodes, graph.gm.graph.nodes, strict=True))
+        self._float_node = dict(zip(self.work.gm.graph.nodes, self.real.gm.graph.nodes, strict=True))
 
     def run(self) -> tuple[Graph, Plan]:
         names = {self.work.name(node): node for node in self.work.nodes()}
@@ -204,7 +204,7 @@ class _Learning(Abreast):
         )
         ends = [node for node in block.nodes if any(user not in inside for user in node.users)]
         twins = [self._float_node[node] for node in block.nodes]
-        float_block = Fake(self.graph, Plan.empty(self.plan.target))
+        float_block = Fake(self.real, Plan.empty(self.plan.target))
         cases = []
         with torch.no_grad():
             for float_run, run in self.runs:
