@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitport.numerics.quantize import fake_quantize, fake_quantize_learned
-from bitport.numerics.soft import SHARP, WARM, SoftRounding, relative_error, sharpness
+from bitport.numerics.soft import (
+    SHARP,
+    WARM,
+    SoftRounding,
+    StraightCodes,
+    blended,
+    relative_error,
+    sharpness,
+)
 
 LOW, HIGH = -4, 3
 
@@ -96,3 +104,52 @@ def test_a_relative_error_does_not_know_units() -> None:
     assert float(relative_error(y + 1, y)) == pytest.approx(2 / 25)
     assert float(relative_error(1000 * (y + 1), 1000 * y)) == pytest.approx(2 / 25)
     assert float(relative_error(torch.zeros(2), torch.zeros(2))) == 0
+
+
+# ------------------------------------------------------------------------- codes that learn
+
+
+def straight(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, StraightCodes]:
+    torch.manual_seed(seed)
+    codes, scale = torch.randint(LOW, HIGH + 1, (5, 7), dtype=torch.int32), torch.rand(5) + 0.2
+    return (
+        codes,
+        scale,
+        StraightCodes(codes, scale, torch.tensor([-1, 0, 1, 2, 0], dtype=torch.int32), LOW, HIGH),
+    )
+
+
+def test_codes_begin_as_what_they_store() -> None:
+    codes, scale, found = straight()
+    zero = torch.tensor([-1, 0, 1, 2, 0])[:, None]
+    assert torch.equal(found.values(), (codes - zero) * scale[:, None])
+    assert torch.equal(found.scale(), scale)
+
+
+def test_codes_and_scales_learn_and_stay_on_the_grid() -> None:
+    _, scale, found = straight()
+    torch.manual_seed(1)
+    wanted, x = 2 * torch.randn(5, 7), torch.randn(64, 7)
+    optimizer = torch.optim.Adam(
+        [{"params": [found.latent], "lr": 0.05}, {"params": [found.log], "lr": 0.02}]
+    )
+
+    def loss() -> torch.Tensor:
+        return relative_error(x @ found.values().mT, x @ wanted.mT)
+
+    before = float(loss().detach())
+    for _ in range(200):
+        optimizer.zero_grad()
+        torch.autograd.backward(loss())
+        optimizer.step()
+    assert float(loss().detach()) < 0.3 * before and not torch.equal(found.scale(), scale)
+    steps = (found.values() / found.scale()[:, None]).detach()
+    assert float((steps - steps.round()).abs().max()) < 1e-5
+    zero = torch.tensor([-1, 0, 1, 2, 0])[:, None]
+    assert bool((steps.round() + zero >= LOW).all() and (steps.round() + zero <= HIGH).all())
+
+
+def test_blended_samples_lie_between_two() -> None:
+    x, other = torch.zeros(3, 2, 2), torch.ones(3, 2, 2)
+    found = blended(x, other, torch.tensor([0.0, 0.25, 1.0]))
+    assert [float(part.unique()) for part in found] == [0.0, 0.25, 1.0]

@@ -9,8 +9,8 @@ import torch
 
 from ..formats import Format
 from ..graph import Edge, Operand
-from ..graph.simplify import CONTRACTIONS
 from ..graph.reading import first_name, output_slots, placeholders, present, producer_name
+from ..graph.simplify import CONTRACTIONS
 from ..rules import Derived, Free, Ranged, Shared, Weight
 from .decisions import Decisions
 from .model import NodePlan, Plan, TensorPlan

@@ -48,7 +48,9 @@ def check_tensor_options(key: str, table: Mapping[str, Any], path: str) -> None:
     from bitport.numerics import ranges
     from bitport.plan import TensorOptions
 
-    _check_fields(table, TensorOptions, path, without=("dynamic", "elsewhere") if key == "weights" else ("group",))
+    _check_fields(
+        table, TensorOptions, path, without=("dynamic", "elsewhere") if key == "weights" else ("group",)
+    )
     known = GRANULARITIES if key == "weights" else ("global", "tensor")
     granularity = table.get("granularity", "tensor")
     if granularity not in known:

@@ -40,6 +40,11 @@ def parted(calibration: Source, graph: Graph, samples: int) -> tuple[list[Inputs
     return found, found
 
 
+def samples_in(batches: Sequence[Inputs]) -> int:
+    """How many samples they hold; an input without axes is one."""
+    return sum(len(inputs[0]) if inputs[0].dim() else 1 for inputs in batches)
+
+
 def split_batches(batches: Sequence[Inputs], graph: Graph, size: int) -> list[Inputs]:
     """The same samples in batches of at most `size`, where all inputs share a batch axis."""
     if not has_batches(graph):

@@ -49,10 +49,14 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     }
     best = min(errors, key=lambda how: errors[how])
     said = " and ".join(f"{errors[how]:.3g} {how}" for how in errors)
-    found = f"error of the simulated outputs {before:.3g} without, {said} with it, on calibration data held back"
+    found = (
+        f"error of the simulated outputs {before:.3g} without, {said} with it, on calibration data held back"
+    )
     if errors[best] < before:
         _tell(context, "kept", f"{best}: {found}")
-        context.notes.append(f"bias correction lowered the output error from {before:.3g} to {errors[best]:.3g}")
+        context.notes.append(
+            f"bias correction lowered the output error from {before:.3g} to {errors[best]:.3g}"
+        )
         return candidates[best], plan
     _tell(context, "left out", found)
     context.notes.append("bias correction did not help on the calibration data and was left out")
@@ -93,7 +97,9 @@ class _Measuring(Abreast):
                 moments.update(rows_of(x, op.attrs, kernel, most), rows_of(hat, op.attrs, kernel, most))
         stored = stored_values(self.work, self.plan, weight, self.plan.edges[Edge(weight, name, 1)])
         shape = (op.attrs.get("groups", 1), stored.shape[0] // op.attrs.get("groups", 1), -1)
-        shift = moments.mean_shift(self.real.tensor(weight).detach().reshape(shape), stored.reshape(shape)).reshape(-1)
+        shift = moments.mean_shift(
+            self.real.tensor(weight).detach().reshape(shape), stored.reshape(shape)
+        ).reshape(-1)
         old = self.real.tensor(bias).detach()
         self.work.set_tensor(bias, shifted_bias(old, shift, old.dtype))
 

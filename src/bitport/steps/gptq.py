@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +21,7 @@ from ..plan.constants import grid_of, settle
 from . import correct_bias
 from ._abreast import Abreast, has_rows, readers_of, rows_of
 from ._base import Context
-from ._judge import Inputs, output_error, parted
+from ._judge import Inputs, output_error, parted, samples_in
 from .calibrate import room_for_biases
 
 WHAT = "GPTQ"
@@ -99,7 +98,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
 
     corrected = correct_bias.corrected(graph, plan, context)
     before = best = min(error(graph, plan), error(corrected, plan))
-    kept, samples = (graph, plan), sum(len(x[0]) if x[0].dim() else 1 for x in held)
+    kept, samples = (graph, plan), samples_in(held)
     small = sum(graph.tensor(layer.weight).numel() for layer in layers) <= FEW
     for share in dict.fromkeys(options.shift * part for part in SHARES):
         solving = _Solving(graph, plan, context, replace(options, shift=share), layers, fit)
@@ -285,4 +284,3 @@ class _Solving(Abreast):
         raised = room_for_biases(self.work, tiny, None).ties[layer.tie].scale
         assert raised is not None
         return None if bool((raised <= 2.0**-100).all()) else by_rows(raised, rows)
-

@@ -19,7 +19,7 @@ from ..plan.constants import grid_of, settle
 from . import gptq
 from ._abreast import Abreast
 from ._base import Context
-from ._judge import Inputs, output_error, parted, split_batches
+from ._judge import Inputs, output_error, parted, samples_in, split_batches
 from .calibrate import room_for_biases
 
 WHAT = "block reconstruction"
@@ -71,12 +71,13 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     learning = _Learning(graph, plan, context, options, layers, split_batches(fit, graph, options.batch))
     learned = learning.run()
     before, after = (
-        output_error(*candidate, context.original(graph, plan), context.arithmetic, held) for candidate in (solved, learned)
+        output_error(*candidate, context.original(graph, plan), context.arithmetic, held)
+        for candidate in (solved, learned)
     )
     kept = after < before
     reason = (
         f"{learning.kept} of {learning.blocks} blocks: error of the simulated outputs {after:.3g} with it, "
-        f"{before:.3g} without (GPTQ), on {sum(len(x[0]) if x[0].dim() else 1 for x in held)} samples held back"
+        f"{before:.3g} without (GPTQ), on {samples_in(held)} samples held back"
     )
     context.tried.append({"what": WHAT, "outcome": "kept" if kept else "left out", "reason": reason})
     return learned if kept else solved

@@ -19,7 +19,7 @@ from ..plan import Plan, TensorPlan
 from ..plan.constants import grid_of, settle
 from ._abreast import readers_of
 from ._base import Context
-from ._judge import Inputs, has_batches, output_error, parted
+from ._judge import Inputs, has_batches, output_error, parted, samples_in
 from .calibrate import room_for_biases
 
 WHAT = "distilling into itself"
@@ -82,7 +82,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     tell(
         "kept" if kept else "left out",
         f"error of the simulated outputs {before:.3g} without, {after:.3g} with it, on "
-        f"{sum(len(x[0]) if x[0].dim() else 1 for x in held)} samples held back",
+        f"{samples_in(held)} samples held back",
     )
     return found if kept else (graph, plan)
 
@@ -93,7 +93,12 @@ def _learned_codes(graph: Graph, plan: Plan) -> dict[str, tuple[str, StraightCod
     readers = readers_of(graph, plan)
     for edge, name in plan.edges.items():
         tie = plan.ties[name]
-        if tie.source != "weight" or not tie.format.is_int or len(tie.members) > 1 or tie.format.scale != "float32":
+        if (
+            tie.source != "weight"
+            or not tie.format.is_int
+            or len(tie.members) > 1
+            or tie.format.scale != "float32"
+        ):
             continue
         weight = graph.tensor(edge.producer).detach()
         if readers[id(graph.tensor(edge.producer))] != 1 or not weight.numel():
@@ -101,7 +106,10 @@ def _learned_codes(graph: Graph, plan: Plan) -> dict[str, tuple[str, StraightCod
         grid = grid_of(tie)
         scale, zero_point = (part.reshape(-1) for part in (grid.scale, grid.zero_point))
         codes = rows(encode(weight, grid), tie.format)
-        found[edge.producer] = (name, StraightCodes(codes, scale, zero_point, tie.format.low, tie.format.high))
+        found[edge.producer] = (
+            name,
+            StraightCodes(codes, scale, zero_point, tie.format.low, tie.format.high),
+        )
     return found
 
 
@@ -128,9 +136,7 @@ class _Student:
         floats = all(x.is_floating_point() and bool(torch.isfinite(x).all()) for x in self.data[0])
         self._blends = options.blend and self._batched and floats
         self._nodes = [node for node in graph.gm.graph.nodes if node.op.startswith("call")]
-        self._outputs = [
-            (index, node) for index, node in enumerate(graph.output_nodes()) if is_float(node)
-        ]
+        self._outputs = [(index, node) for index, node in enumerate(graph.output_nodes()) if is_float(node)]
 
     def run(self) -> tuple[Graph, Plan] | None:
         """What was learned; None where it diverged."""
@@ -187,7 +193,7 @@ class _Student:
             nonlocal work
             op = self.graph.op(node) if node.op.startswith("call") else None
             weight = op.operands[1].tensor if op and len(op.operands) > 1 and op.operands[1] else None
-            if weight in self.codes and isinstance(value, Tensor):
+            if weight is not None and weight in self.codes and isinstance(value, Tensor):
                 stored = self.graph.tensor(weight)
                 work += stored.numel() // max(1, stored.shape[0]) * value.numel()
 
@@ -236,4 +242,3 @@ class _Student:
                 old = self.plan.ties[tie]
                 ties[tie] = replace(old, scale=old.parameters()[0] * log.exp())
         return work, room_for_biases(work, settle(self.plan.with_ties(ties)), None)
-

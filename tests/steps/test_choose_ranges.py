@@ -1,0 +1,83 @@
+"""The step `choose_ranges`: min-max where what was asked for loses more, told; what was asked for elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.flow import Net, context, conv, images, prepare
+from torch import Tensor, nn
+
+from bitport.errors import GraphError
+from bitport.graph import Graph
+from bitport.plan import Plan
+from bitport.steps._base import Context, make
+from bitport.steps._judge import output_error
+
+
+def chosen(
+    net: nn.Module, x: Tensor, weights: dict[str, Any], activations: dict[str, Any]
+) -> tuple[Plan, Plan, Context, Graph]:
+    """(plan as asked, plan found, context, graph)."""
+    prepared = prepare(net, list(x.split(16)), "null", weights=weights, activations=activations)
+    settings = context(prepared.graph, prepared.target, list(x.split(16)))
+    graph, plan = make("choose_ranges", {})(prepared.reference.clone(), prepared.plan, settings)
+    assert graph.digest() == prepared.reference.digest()
+    return prepared.plan, plan, settings, prepared.reference
+
+
+def chain() -> nn.Module:
+    torch.manual_seed(0)
+    return Net(lambda m, x: m.b(torch.relu(m.a(x))), a=conv(3, 8), b=conv(8, 4))
+
+
+@pytest.mark.parametrize("what", ["weights", "activations"])
+def test_a_range_that_clips_too_much_gives_way(what: str) -> None:
+    bad = {"format": "int8", "range": {"use": "percentile", "q": 60.0}}
+    settings = {"weights": {"format": "int8"}, "activations": {"format": "int8"}, what: bad}
+    asked, found, told, graph = chosen(chain(), images(64), settings["weights"], settings["activations"])
+    (row,) = [row for row in told.tried if row["what"] == f"min-max for {what}"]
+    assert row["outcome"] == "kept"
+    source = {"weights": "weight", "activations": "measured"}[what]
+    assert {tie.range for tie in found.ties.values() if tie.source == source} == {"minmax"}
+    batches = [(images(16),)]
+    arithmetic = told.arithmetic
+    errors = [output_error(graph, plan, graph, arithmetic, batches) for plan in (asked, found)]
+    assert errors[1] < 0.5 * errors[0]
+    words = row["reason"].replace(",", "").split()
+    before, after = (float(word) for word in words if "." in word or "e-" in word)
+    assert after < before
+
+
+def test_a_good_range_stays_and_that_is_told() -> None:
+    x = images(64)
+    x[0, 0, 0, 0] = 100.0  # an outlier that min-max would follow
+    asked, found, told, _ = chosen(chain(), x, {"format": "int4"}, {"format": "int4", "range": "mse"})
+    assert found is asked or found == asked
+    assert [row["outcome"] for row in told.tried if row["what"].startswith("min-max")] == ["left out"]
+
+
+def test_min_max_has_nothing_to_be_held_against() -> None:
+    asked, found, told, _ = chosen(
+        chain(), images(64), {"format": "int2"}, {"format": "int8", "range": "minmax"}
+    )
+    assert found is asked and not told.tried
+
+
+def test_what_is_near_already_is_left_alone() -> None:
+    asked, found, told, _ = chosen(
+        chain(), images(64), {"format": "int8"}, {"format": "int8", "range": "mse"}
+    )
+    assert found is asked and not told.tried
+
+
+def test_before_calibration_it_says_so() -> None:
+    prepared = prepare(chain(), [images(16)], "null", activations={"range": "mse"})
+    unmeasured = make("quantize", {"activations": {"range": "mse"}})(
+        prepared.reference.clone(), Plan.empty("null"), context(prepared.graph, prepared.target, [images(16)])
+    )[1]
+    with pytest.raises(GraphError, match="calibrate first"):
+        make("choose_ranges", {})(
+            prepared.reference, unmeasured, context(prepared.graph, prepared.target, [images(16)])
+        )
