@@ -129,7 +129,9 @@ def test_a_network_that_holds(tmp_path: Path) -> None:
 
 
 def test_a_network_that_fails(tmp_path: Path) -> None:
-    coarse, judged = recipe("int2", "int2"), small.evaluation(512)
+    narrow = {"format": "int2", "elsewhere": "int2"}
+    step = StepSpec("quantize", {"weights": {"format": "int2"}, "activations": narrow})
+    coarse, judged = Recipe(steps=(step,), name="mine"), small.evaluation(512)
     with pytest.raises(GateFailed, match="rejected: mine on null loses") as caught:
         small.compressed(tmp_path / "out", recipe=coarse, evaluation=judged, max_drop=0.01)
     task = caught.value.measurements["task"]
@@ -229,7 +231,8 @@ def test_the_stored_recipe_is_explicit_and_makes_the_same_again(tmp_path: Path) 
     first = small.compressed(tmp_path / "first", effort="best")
     uses = [step.use for step in first.recipe.steps]
     assert uses == [
-        "fold", "quantize", "calibrate", "equalize", "reconstruct", "gptq", "correct_bias",
+        "fold", "quantize", "calibrate", "choose_ranges", "equalize", "reconstruct", "gptq", "self_distil",
+        "correct_bias",
     ]  # fmt: skip
     again = small.compressed(tmp_path / "again", recipe=first.path / "recipe.toml")
     for name in ("plan.json", "graph.pt2", "recipe.toml"):
@@ -238,7 +241,10 @@ def test_the_stored_recipe_is_explicit_and_makes_the_same_again(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("effort", "added"),
-    [("fast", ["equalize", "correct_bias"]), ("balanced", ["equalize", "gptq", "correct_bias"])],
+    [
+        ("fast", ["choose_ranges", "equalize", "correct_bias"]),
+        ("balanced", ["choose_ranges", "equalize", "gptq", "correct_bias"]),
+    ],
 )
 def test_effort_adds_steps(tmp_path: Path, effort: str, added: list[str]) -> None:
     artifact = small.compressed(tmp_path / "out", effort=effort)

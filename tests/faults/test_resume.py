@@ -188,7 +188,7 @@ def double(x: list[torch.Tensor]) -> list[torch.Tensor]:
         ({"data": double(small.calibration())}, ["data was '"]),
         (
             {"recipe": "int8"},
-            ["recipe.effort was 'best', is 'fast'", "recipe.steps[4].use was 'reconstruct', is 'correct_bias'"],
+            ["recipe.effort was 'best', is 'fast'", "recipe.steps[5].use was 'reconstruct', is 'correct_bias'"],
         ),
         ({"seed": 1}, ["seed was 0, is 1"]),
         ({"target": "onnxruntime"}, ["target.name was 'null', is 'onnxruntime'", "target.threads was absent, is 1"]),

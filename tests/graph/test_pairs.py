@@ -42,7 +42,7 @@ def moved(graph: Graph, seed: int = 0) -> Graph:
     }
     move_all(twin, scales)
     for name, chain in chains(twin).items():
-        assert not torch.equal(graph.tensor(chain.producer.weight), twin.tensor(chain.producer.weight)), name
+        assert not torch.equal(graph.tensor(chain.producers[0].weight), twin.tensor(chain.producers[0].weight)), name
     return twin
 
 
@@ -77,6 +77,25 @@ MOVES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, list[str]]]] =
     "times 3": (lambda: Net(lambda m, x: m.b(F.relu(m.a(x)) * 3 / 2), **_two()), X, {"a": ["b"]}),
     "two readers": (
         lambda: Net(lambda m, x: m.b(F.relu(m.a(x))) + m.c(m.a(x)), **_two(c=conv(8, 4, 1))), X, {"a": ["b", "c"]},
+    ),
+    "a sum": (lambda: Net(lambda m, x: m.b(m.a(x) + m.c(x)), **_two(c=conv())), X, {"a": ["b"]}),
+    "a sum behind a move": (
+        lambda: Net(lambda m, x: m.b(m.a(x) + m.c(x).transpose(2, 3)), **_two(c=conv())), X, {"a": ["b"]},
+    ),
+    "a sum through relus": (
+        lambda: Net(lambda m, x: m.b(F.relu(F.relu(m.a(x)) - F.relu(m.c(x)))), **_two(c=conv())), X, {"a": ["b"]},
+    ),
+    "a sum of three": (
+        lambda: Net(lambda m, x: m.b((m.a(x) + m.c(x)) + (m.d(x) + m.a(x))), **_two(c=conv(), d=conv())), X, {"a": ["b"]},
+    ),
+    "a sum and its parts": (
+        lambda: Net(lambda m, x: m.b(m.a(x) + m.c(x)) + m.e(m.c(x)), **_two(c=conv(), e=conv(8, 4))), X,
+        {"a": ["b", "e"]},
+    ),
+    "a stream": (
+        lambda: Net(
+            lambda m, x: m.b(m.a(x) + m.d(F.relu(m.c(m.a(x))))), **_two(c=conv(8, 6), d=conv(6, 8))
+        ), X, {"a": ["b", "c"], "c": ["d"]},
     ),
     "groups": (
         lambda: Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv(8, 4, groups=2)), X, {"a": ["b"]},
@@ -153,7 +172,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "padded channels": (
         lambda: Net(lambda m, x: m.b(F.pad(m.a(x), (0, 0, 0, 0, 1, 1))), a=conv(), b=conv(10, 4)), X, "doesn't keep",
     ),
-    "residual": (lambda: Net(lambda m, x: m.b(m.a(x) + m.c(x)), **_two(c=conv())), X, "joins it with other tensors"),
+    "a sum with something else": (
+        lambda: Net(lambda m, x: m.b(m.a(x) + F.gelu(m.c(x))), **_two(c=conv())), X, "can't be scaled alike",
+    ),
+    "a sum with the input": (lambda: Net(lambda m, x: m.b(m.a(x) + x), a=conv(3, 3), b=conv(3, 4)), X, "scaled alike"),
+    "a sum with a parameter": (
+        lambda: Net(lambda m, x: m.b(m.a(x) + m.p), p=nn.Parameter(torch.rand(8, 1, 1)), **_two()), X, "joins it",
+    ),
+    "a sum that leaves": (lambda: Net(lambda m, x: (m.b(m.a(x) + m.c(x)), m.c(x)), **_two(c=conv())), X, "leaves the"),
     "itself": (lambda: Net(lambda m, x: m.b(m.a(x) * m.a(x)), **_two()), X, "joins it with other tensors"),
     "concatenation": (
         lambda: Net(lambda m, x: m.b(torch.cat([m.a(x), x], 1)), a=conv(), b=conv(11, 4)), X, "joins it",
@@ -230,9 +256,16 @@ def test_whole_networks_stay_what_they_are(name: str) -> None:
     assert not {chain.name for chain in found} & set(refused)
 
 
-def test_a_residual_network_moves_scales_inside_its_blocks_only() -> None:
-    found = chains(folded(nets.ResNet().eval(), torch.randn(2, 3, 8, 8)))
-    assert sorted(found) == ["layer1.0.conv1", "layer1.1.conv1"]
+def test_a_residual_stream_has_one_scale_behind_all_that_adds_to_it() -> None:
+    graph = folded(nets.ResNet().eval(), torch.randn(2, 3, 8, 8))
+    found = chains(graph)
+    assert sorted(found) == ["layer1.0.conv1", "layer1.1.conv1", "stem.0"]
+    stream = found["stem.0"]
+    assert [end.name for end in stream.producers] == ["stem.0", "layer1.0.conv2", "layer1.1.conv2"]
+    assert {"layer1.0.conv1", "layer1.1.conv1"} < {end.name for end in stream.readers}
+    made, _ = ranges(graph, stream)
+    weights = [graph.tensor(end.weight).detach().flatten(1).abs().amax(1) for end in stream.producers]
+    assert torch.equal(made, torch.stack(weights).amax(0).double())  # the largest of all that make a channel
 
 
 def test_scales_of_another_network_are_refused() -> None:

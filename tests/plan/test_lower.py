@@ -81,7 +81,8 @@ def test_other_weight_formats(weights: dict[str, str]) -> None:
 
 def test_narrow_formats_saturate_at_their_own_ends() -> None:
     net = Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv(8, 4))
-    prepared = prepare(net, [images(8)], "null", weights={"format": "int4"}, activations={"format": "int4"})
+    narrow = {"format": "int4", "elsewhere": "int4"}
+    prepared = prepare(net, [images(8)], "null", weights={"format": "int4"}, activations=narrow)
     seen: list[torch.Tensor] = []
     prepared.simulator().run((100 * images(4),), tap=lambda name, q: seen.append(q) or q)
     assert min(int(q.min()) for q in seen) == -8 and max(int(q.max()) for q in seen) == 7

@@ -206,8 +206,8 @@ class TestWriting:
         )
 
 
-FAST = ["fold", "quantize", "calibrate", "equalize", "correct_bias"]
-FULL = ["fold", "quantize", "calibrate", "equalize", "gptq", "correct_bias"]
+FAST = ["fold", "quantize", "calibrate", "choose_ranges", "equalize", "correct_bias"]
+FULL = ["fold", "quantize", "calibrate", "choose_ranges", "equalize", "gptq", "correct_bias"]
 
 
 class TestExpand:
@@ -251,9 +251,9 @@ class TestExpand:
         ("steps", "expected"),
         [
             (["quantize"], FULL),
-            (["quantize", "calibrate", "gptq"], ["fold", "quantize", "calibrate", "equalize", "gptq", "correct_bias"]),
+            (["quantize", "calibrate", "gptq"], FULL),
             (["quantize", "gptq", "calibrate"],
-             ["fold", "quantize", "gptq", "calibrate", "equalize", "gptq", "correct_bias"]),
+             ["fold", "quantize", "gptq", *FULL[2:]]),
             (["quantize", "correct_bias"], FULL),
             (["quantize", "calibrate", "gptq", "correct_bias"], FULL),
         ],
@@ -267,7 +267,7 @@ class TestExpand:
 
     def test_best_effort_learns_before_it_solves(self, more_steps: None) -> None:
         expanded = chain("quantize", effort="best").expand()
-        assert uses(expanded) == [*FULL[:4], "reconstruct", *FULL[4:]]
+        assert uses(expanded) == [*FULL[:5], "reconstruct", "gptq", "self_distil", "correct_bias"]
         assert expanded.expand("best") == expanded
 
     def test_the_caller_wins(self, more_steps: None) -> None:

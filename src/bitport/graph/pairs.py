@@ -1,8 +1,9 @@
-"""Where a scale per channel can move from the layer that makes a tensor into the layers that read it.
+"""Where a scale per channel can move from the layers that make a tensor into the layers that read it.
 
 Between them there may only be operators with f(s·x) = s·f(x) for each channel apart: ReLU and its leaky kin, pools,
-means over pixels, moves that keep channels together. Whatever else reads a channel (an addition, a concatenation, the
-network's output, a sigmoid) would see it scaled, and ends the search. So does a clip at one number for all channels
+means over pixels, moves that keep channels together; and additions, whose operands are scaled alike: a residual stream
+has one scale, behind all layers that add to it. Whatever else reads a channel (a concatenation, the network's output, a
+sigmoid) would see it scaled, and ends the search. So does a clip at one number for all channels
 (ReLU6): scaled, each channel would need a bound of its own, which no integer kernel has.
 
 Letters: C channels.
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from ..errors import GraphError
@@ -29,7 +31,8 @@ HOMOGENEOUS = frozenset(
 )
 POOLS = frozenset(["max_pool", "avg_pool", "adaptive_avg_pool", "global_avg_pool"])
 CLIPS = frozenset(["relu6", "hardtanh", "clamp"])
-JOINS = frozenset(["add", "sub", "mul", "cat", "stack", "where", "matmul"])
+SUMS = frozenset(["add", "sub"])
+JOINS = frozenset([*SUMS, "mul", "cat", "stack", "where", "matmul"])
 
 
 @dataclass(frozen=True)
@@ -50,24 +53,24 @@ class Chain:
     """A tensor whose channels can be scaled.
 
     Attributes:
-        producer: what makes it.
-        readers: the layers that read it, each through homogeneous operators only.
-        axis: of the channels in the producer's output.
+        producers: what makes it, in network order: one, or all that are added up in it.
+        readers: the layers that read it, each through homogeneous operators and sums only.
+        axis: of the channels in the first producer's output.
         norm: the producer is the affine part of a normalisation, not a layer.
     """
 
-    producer: End
+    producers: tuple[End, ...]
     readers: tuple[End, ...]
     axis: int
     norm: bool
 
     @property
     def name(self) -> str:
-        return self.producer.name
+        return self.producers[0].name
 
     @property
     def ends(self) -> tuple[End, ...]:
-        return (self.producer, *self.readers)
+        return (*self.producers, *self.readers)
 
 
 # how many operands are one tensor, by its identity: under whatever name it is tied
@@ -87,24 +90,23 @@ def find(graph: Graph) -> tuple[list[Chain], dict[str, str]]:
                 uses[id(graph.tensor(operand.tensor))] += 1
     chains: list[Chain] = []
     refused: dict[str, str] = {}
+    placed: set[str] = set()
     for node in graph.nodes():
         op = graph.op(node)
-        if op.kind not in (*LAYERS, *NORMS) and not _is_gain(graph, node, op):
+        if (op.kind not in (*LAYERS, *NORMS) and not _is_gain(graph, node, op)) or graph.name(node) in placed:
             continue
         try:
             chains.append(_chain(graph, uses, node, op))
+            placed |= {end.name for end in chains[-1].producers}
         except _Refused as why:
             refused[graph.name(node)] = str(why)
-    return chains, refused
+    # a sum may be passed from one of its layers and not from another
+    return chains, {name: why for name, why in refused.items() if name not in placed}
 
 
 def ranges(graph: Graph, chain: Chain) -> tuple[Tensor, Tensor]:
     """Largest magnitudes of the weights that make, and of those that read each channel, float64 [C]."""
-    weight = graph.tensor(chain.producer.weight).detach()
-    if chain.producer.vector:
-        made = weight.reshape(-1).abs().double()
-    else:
-        made = output_ranges(weight, chain.producer.groups, chain.producer.transposed)
+    made = torch.stack([_made_range(graph, end) for end in chain.producers]).amax(0)
     read = made.new_zeros(made.shape)
     for end in chain.readers:
         found = input_ranges(graph.tensor(end.weight), end.groups, end.transposed)
@@ -112,18 +114,26 @@ def ranges(graph: Graph, chain: Chain) -> tuple[Tensor, Tensor]:
     return made, read
 
 
+def _made_range(graph: Graph, end: End) -> Tensor:
+    weight = graph.tensor(end.weight).detach()
+    return (
+        weight.reshape(-1).abs().double() if end.vector else output_ranges(weight, end.groups, end.transposed)
+    )
+
+
 def move(graph: Graph, chain: Chain, scales: Tensor) -> None:
     """Divide the channels by `scales` [C] in place and multiply what reads them: the outputs stay what they are."""
-    made, factor = chain.producer, 1 / scales.double()
-    weight = graph.tensor(made.weight).detach()
-    if made.vector:
-        scaled = (weight.double() * factor.reshape(weight.shape)).to(weight.dtype)
-    else:
-        scaled = scale_outputs(weight, factor, made.groups, made.transposed)
-    graph.set_tensor(made.weight, scaled)
-    if made.bias is not None:
-        bias = graph.tensor(made.bias).detach()
-        graph.set_tensor(made.bias, (bias.double() * factor).to(bias.dtype))
+    factor = 1 / scales.double()
+    for made in chain.producers:
+        weight = graph.tensor(made.weight).detach()
+        if made.vector:
+            scaled = (weight.double() * factor.reshape(weight.shape)).to(weight.dtype)
+        else:
+            scaled = scale_outputs(weight, factor, made.groups, made.transposed)
+        graph.set_tensor(made.weight, scaled)
+        if made.bias is not None:
+            bias = graph.tensor(made.bias).detach()
+            graph.set_tensor(made.bias, (bias.double() * factor).to(bias.dtype))
     for end in chain.readers:
         wide = scales.double().repeat_interleave(end.repeat)
         old = graph.tensor(end.weight).detach()
@@ -158,12 +168,13 @@ def _chain(graph: Graph, uses: Uses, node: fx.Node, op: Op) -> Chain:
     axis = _channel_axis(op, len(shape))
     if _is_own_input(op):
         raise _Refused("it reads its own weight as data")
-    found = _readers(graph, uses, node, axis, 1)
-    if not found:
+    stream = _Stream(graph, uses, node, axis, producer)
+    if not stream.readers:
         raise _Refused("nothing reads it")
-    if any(end.weight == producer.weight for end in found) or len({end.weight for end in found}) < len(found):
+    ends = [*stream.producers, *stream.readers]
+    if len({end.weight for end in ends}) < len(ends):
         raise _Refused("layers around it share a weight")
-    return Chain(producer, tuple(found), axis, producer.vector)
+    return Chain(tuple(stream.producers), tuple(stream.readers), axis, producer.vector)
 
 
 def _end(graph: Graph, uses: Uses, node: fx.Node, op: Op, repeat: int = 1) -> End:
@@ -227,33 +238,108 @@ def _channel_axis(op: Op, rank: int) -> int:
 # ------------------------------------------------------------------------------------------------ what reads it
 
 
-def _readers(graph: Graph, uses: Uses, node: fx.Node, axis: int, repeat: int) -> list[End]:
-    """The layers behind a tensor. Raises _Refused naming the first operator that isn't homogeneous."""
-    found: list[End] = []
-    for user in node.users:
-        if user.op == "output":
-            raise _Refused("it leaves the network")
-        op = graph.op(user)
-        if op.kind in ("shape", "const"):
-            continue  # they look at its size
-        name, shape = graph.name(user), graph.shape(node)
+class _Stream:
+    """All tensors that a scale reaches from one producer: downwards through what keeps it, and, where tensors are
+    added, upwards to whatever else makes the sum. Raises _Refused naming the first operator that it can't pass."""
+
+    def __init__(self, graph: Graph, uses: Uses, node: fx.Node, axis: int, producer: End) -> None:
+        self.graph, self.uses, self.joins = graph, uses, not producer.vector
+        self.readers: list[End] = []
+        made = {node: producer}
+        self._made, self._known = made, {node: (axis, 1)}
+        waiting = [node]
+        while waiting:
+            current = waiting.pop(0)
+            for found, place in self._around(current, *self._known[current]):
+                if found not in self._known:
+                    self._known[found] = place
+                    waiting.append(found)
+                elif self._known[found] != place:
+                    raise _Refused(f"{graph.name(found)} reads it along two axes")
+        order = {known: index for index, known in enumerate(graph.gm.graph.nodes)}
+        self.producers = [made[node] for node in sorted(made, key=lambda node: order[node])]
+
+    def _around(self, node: fx.Node, axis: int, repeat: int) -> list[tuple[fx.Node, tuple[int, int]]]:
+        """The neighbours of a tensor that take the same scales; readers are noted."""
+        found = []
+        shape = self.graph.shape(node)
+        for user in node.users:
+            if user.op == "output":
+                raise _Refused("it leaves the network")
+            op = self.graph.op(user)
+            if op.kind in ("shape", "const"):
+                continue  # they look at its size
+            if op.kind in SUMS and self._adds(op, shape, axis, repeat):
+                found.append((user, (axis, 1)))
+                found += [(operand.node, (axis, 1)) for operand in op.operands if operand and operand.node]
+            elif op.kind in LAYERS:
+                self.readers.append(self._reader(node, user, op, axis, repeat))
+            else:
+                found.append((user, self._behind(node, user, op, axis, repeat)))
+        if node not in self._made:
+            found += self._above(node, axis)
+        return found
+
+    def _adds(self, op: Op, shape: Shape | None, axis: int, repeat: int) -> bool:
+        """Whether it adds tensors of one shape, each made while running."""
+        if not self.joins or repeat > 1 or shape is None or len(op.operands) != 2:
+            return False
+        shapes = [
+            self.graph.shape(o.node) if o is not None and o.node is not None else None for o in op.operands
+        ]
+        return all(found is not None and _same(found, shape, axis) for found in shapes)
+
+    def _above(self, node: fx.Node, axis: int) -> list[tuple[fx.Node, tuple[int, int]]]:
+        """What makes a tensor that a sum has drawn in: its operands, or itself where it is a layer."""
+        op = self.graph.op(node) if node.op.startswith("call") else None
+        sources = (
+            [o.node for o in op.operands if o is not None and o.node is not None] if op is not None else []
+        )
+        if any(source in self._known for source in sources):
+            return []  # it was come to from there
+        shape = self.graph.shape(node)
+        if (
+            op is not None
+            and op.kind in LAYERS
+            and shape is not None
+            and axis == _channel_axis(op, len(shape))
+        ):
+            self._made[node] = _end(self.graph, self.uses, node, op)
+            return []
+        if op is not None and sources and (op.kind in HOMOGENEOUS or (op.kind == "clamp" and _is_relu(op))):
+            return [(sources[0], (axis, 1))]
+        if op is not None and op.kind in SUMS and self._adds(op, shape, axis, 1):
+            return [(source, (axis, 1)) for source in sources]
+        raise _Refused(f"{self.graph.name(node)}, which it is added to, can't be scaled alike")
+
+    def _reader(self, node: fx.Node, user: fx.Node, op: Op, axis: int, repeat: int) -> End:
+        name, shape = self._first_of(node, user, op)
+        end = _end(self.graph, self.uses, user, op, repeat)
+        wanted = int(shape[axis]) if isinstance(shape[axis], int) else -1
+        if axis != _channel_axis(op, len(shape)) or (repeat > 1 and op.kind != "linear"):
+            raise _Refused(f"{name} ({op.kind}) mixes another axis")
+        if input_ranges(self.graph.tensor(end.weight), end.groups, end.transposed).numel() != wanted:
+            raise _Refused(f"{name} ({op.kind}) reads other channels")
+        return end
+
+    def _behind(self, node: fx.Node, user: fx.Node, op: Op, axis: int, repeat: int) -> tuple[int, int]:
+        name, shape = self._first_of(node, user, op)
+        after = _through(self.graph, user, op, shape, axis, repeat)
+        if after is None:
+            raise _Refused(f"{name} ({op.kind}) {_why(op.kind)}")
+        return after
+
+    def _first_of(self, node: fx.Node, user: fx.Node, op: Op) -> tuple[str, Shape]:
+        """(name, shape read) of an operator that reads the tensor as its data, and nowhere else."""
+        name, shape = self.graph.name(user), self.graph.shape(node)
         first = op.operands[0] if op.operands else None
         if shape is None or first is None or first.node is not node or _is_own_input(op):
             raise _Refused(f"{name} ({op.kind}) {_why('add')}")
-        if op.kind in LAYERS:
-            end = _end(graph, uses, user, op, repeat)
-            wanted = int(shape[axis]) if isinstance(shape[axis], int) else -1
-            if axis != _channel_axis(op, len(shape)) or (repeat > 1 and op.kind != "linear"):
-                raise _Refused(f"{name} ({op.kind}) mixes another axis")
-            if input_ranges(graph.tensor(end.weight), end.groups, end.transposed).numel() != wanted:
-                raise _Refused(f"{name} ({op.kind}) reads other channels")
-            found.append(end)
-            continue
-        after = _through(graph, user, op, shape, axis, repeat)
-        if after is None:
-            raise _Refused(f"{name} ({op.kind}) {_why(op.kind)}")
-        found += _readers(graph, uses, user, *after)
-    return found
+        return name, shape
+
+
+def _same(found: Shape, shape: Shape, axis: int) -> bool:
+    return len(found) == len(shape) and found[axis] == shape[axis] and isinstance(shape[axis], int)
 
 
 def _why(kind: str) -> str:
