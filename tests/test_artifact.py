@@ -91,7 +91,7 @@ def test_predict_refuses_what_the_network_can_not_take(published: Path, inputs: 
 def test_the_parts_can_be_read_back(folder: Path) -> None:
     artifact = Artifact.load(folder)
     assert [step.use for step in artifact.recipe.steps] == [
-        "fold", "quantize", "calibrate", "choose_ranges", "equalize", "correct_bias",
+        "fold", "quantize", "calibrate", "equalize", "choose_ranges", "correct_bias",
     ]  # fmt: skip
     assert artifact.plan.quantized
     assert artifact.graph.stage == "folded"

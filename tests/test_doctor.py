@@ -346,6 +346,7 @@ def test_overrides_of_a_shared_scale_are_all_replaced(tmp_path: Path) -> None:
     bad: dict[str, Any] = {"range": {"use": "fixed", "low": -0.01, "high": 0.01}}
     recipe = Recipe(steps=(StepSpec("quantize"),), overrides=(Override("b", activations=bad),))
     artifact = compressed(Joined().eval(), recipe, tmp_path / "joined", "null")
-    found = bitport.diagnose(artifact.path, data(), top=1)
-    assert found.record["culprits"][0]["layer"] in ("a", "b")
+    found = bitport.diagnose(artifact.path, data(), top=2)
+    # the bias of the layer behind has learned to live with them: its own share isn't small either
+    assert {row["layer"] for row in found.record["culprits"][:2]} & {"a", "b"}
     assert found.record["confirmed"]["gain_db"] > 20

@@ -42,7 +42,9 @@ def moved(graph: Graph, seed: int = 0) -> Graph:
     }
     move_all(twin, scales)
     for name, chain in chains(twin).items():
-        assert not torch.equal(graph.tensor(chain.producers[0].weight), twin.tensor(chain.producers[0].weight)), name
+        assert not torch.equal(
+            graph.tensor(chain.producers[0].weight), twin.tensor(chain.producers[0].weight)
+        ), name
     return twin
 
 
@@ -86,7 +88,8 @@ MOVES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, list[str]]]] =
         lambda: Net(lambda m, x: m.b(F.relu(F.relu(m.a(x)) - F.relu(m.c(x)))), **_two(c=conv())), X, {"a": ["b"]},
     ),
     "a sum of three": (
-        lambda: Net(lambda m, x: m.b((m.a(x) + m.c(x)) + (m.d(x) + m.a(x))), **_two(c=conv(), d=conv())), X, {"a": ["b"]},
+        lambda: Net(lambda m, x: m.b((m.a(x) + m.c(x)) + (m.d(x) + m.a(x))), **_two(c=conv(), d=conv())), X,
+        {"a": ["b"]},
     ),
     "a sum and its parts": (
         lambda: Net(lambda m, x: m.b(m.a(x) + m.c(x)) + m.e(m.c(x)), **_two(c=conv(), e=conv(8, 4))), X,

@@ -206,8 +206,8 @@ class TestWriting:
         )
 
 
-FAST = ["fold", "quantize", "calibrate", "choose_ranges", "equalize", "correct_bias"]
-FULL = ["fold", "quantize", "calibrate", "choose_ranges", "equalize", "gptq", "correct_bias"]
+FAST = ["fold", "quantize", "calibrate", "equalize", "choose_ranges", "correct_bias"]
+FULL = ["fold", "quantize", "calibrate", "equalize", "choose_ranges", "gptq", "correct_bias"]
 
 
 class TestExpand:

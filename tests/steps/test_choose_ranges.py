@@ -81,3 +81,9 @@ def test_before_calibration_it_says_so() -> None:
         make("choose_ranges", {})(
             prepared.reference, unmeasured, context(prepared.graph, prepared.target, [images(16)])
         )
+
+
+def test_a_range_given_in_numbers_stays() -> None:
+    given = {"format": "int8", "range": {"use": "fixed", "low": 0.0, "high": 0.05}}
+    asked, found, told, _ = chosen(chain(), images(64), {"format": "int8"}, given)
+    assert found is asked and not told.tried

@@ -24,6 +24,8 @@ from bitport.recipe import Recipe
 from bitport.simulate import Simulator
 from bitport.steps import equalize
 from bitport.steps._base import Context, make
+from bitport.steps._judge import output_error
+from bitport.steps.equalize import LAYERS
 
 TENSOR = {"weights": {"granularity": "tensor"}}
 W4A4 = {"weights": {"format": "int4"}, "activations": {"format": "int4"}}
@@ -242,14 +244,14 @@ def test_dead_channels_stay_and_the_others_move() -> None:
 def test_a_candidate_that_errs_more_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     data = batches()
     prepared = prepare(rescale(Separable()), data, weights={"format": "int2"})
-    errors = iter([1.0, 2.0])
+    errors = iter([0.1, 0.2])
     monkeypatch.setattr(equalize, "output_error", lambda *_: next(errors))
     settings = context(prepared.graph, prepared.target, data)
     settings.notes.append("an older note")
     work = prepared.reference.clone()
     assert make("equalize", {})(work, prepared.plan, settings) == (work, prepared.plan)
     assert settings.notes == ["an older note"]
-    assert only_reason(settings).startswith("error of the simulated outputs 1 without, 2 with it")
+    assert only_reason(settings).startswith("error of the simulated outputs 0.1 without, 0.2 with it")
 
 
 def test_what_was_said_of_weights_that_are_gone_is_taken_back() -> None:
@@ -407,3 +409,47 @@ def test_the_simulated_network_is_the_equalized_one() -> None:
     found, _ = equalized(prepare(rescale(Separable()), data, **TENSOR), data)
     loose = Simulator(found.reference, found.plan, found.target.arithmetic()).run((x,))[0]
     assert torch.equal(loose, found.simulator().run((x,))[0])
+
+
+def test_a_residual_stream_that_lies_far_apart_is_evened_out() -> None:
+    torch.manual_seed(0)
+    net = Net(
+        lambda m, x: m.d(m.a(x) + m.c(torch.relu(m.b(m.a(x))))),
+        a=conv(3, 8), b=conv(8, 6), c=conv(6, 8), d=conv(8, 4),
+    )  # fmt: skip
+    factor = torch.logspace(-1, 1, 8)
+    with torch.no_grad():
+        for layer in (net.a, net.c):
+            layer.weight.mul_(factor[:, None, None, None])
+            layer.bias.mul_(factor)
+        for layer in (net.b, net.d):
+            layer.weight.div_(factor[None, :, None, None])
+    x = images(64)
+    weights = {"format": "int8", "granularity": "tensor"}
+    prepared = prepare(net, list(x.split(16)), "null", weights=weights)
+    settings = context(prepared.graph, prepared.target, list(x.split(16)))
+    graph, plan = make("equalize", {})(prepared.reference.clone(), prepared.plan, settings)
+    assert next(row for row in settings.tried if row["what"] == LAYERS)["outcome"] == "kept"
+    assert "a" in plan.rescaled and "c" not in plan.rescaled  # one scale for both
+    held = [(x[48:],)]
+    errors = [
+        output_error(found, planned, prepared.reference, settings.arithmetic, held)
+        for found, planned in ((prepared.reference, prepared.plan), (graph, plan))
+    ]
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_outputs_that_err_too_much_to_rank_anything_keep_even_channels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = iter((2.0, 3.0))
+    monkeypatch.setattr(equalize, "output_error", lambda *given: next(found))
+    net = Net(lambda m, x: m.b(torch.relu(m.a(x))), a=conv(3, 8), b=conv(8, 4))
+    with torch.no_grad():
+        net.a.weight[0] *= 100
+        net.b.weight[:, 0] /= 100
+    x = images(64)
+    prepared = prepare(net, list(x.split(16)), "null", weights={"format": "int2"})
+    settings = context(prepared.graph, prepared.target, list(x.split(16)))
+    _, plan = make("equalize", {})(prepared.reference.clone(), prepared.plan, settings)
+    assert plan.rescaled and not any("lowered" in note for note in settings.notes)

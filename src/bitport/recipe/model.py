@@ -34,9 +34,9 @@ MAX_DOTS = 1000
 BEFORE_QUANTIZE = ("fold",)
 AFTER_QUANTIZE = {
     "plain": ("calibrate",),
-    "fast": ("calibrate", "choose_ranges", "equalize", "correct_bias"),
-    "balanced": ("calibrate", "choose_ranges", "equalize", "gptq", "correct_bias"),
-    "best": ("calibrate", "choose_ranges", "equalize", "reconstruct", "gptq", "self_distil", "correct_bias"),
+    "fast": ("calibrate", "equalize", "choose_ranges", "correct_bias"),
+    "balanced": ("calibrate", "equalize", "choose_ranges", "gptq", "correct_bias"),
+    "best": ("calibrate", "equalize", "choose_ranges", "reconstruct", "gptq", "self_distil", "correct_bias"),
 }
 DEFAULT_EFFORT = "fast"
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import BitportError
 from ..graph import Graph
-from ..plan import Plan
+from ..plan import Plan, TensorPlan
 from ..plan.constants import settle
 from ._base import Context
 from ._judge import output_error, parted, samples_in
@@ -37,7 +38,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     """
     for tie in plan.measured().values():
         tie.parameters()
-    others = {tie.source for tie in plan.ties.values() if tie.range != PLAIN}
+    others = {tie.source for tie in plan.ties.values() if _is_estimated(tie)}
     candidates = {what: source for what, source in TRIED.items() if source in others}
     if not plan.quantized or not candidates:
         return graph, plan
@@ -62,12 +63,18 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     return graph, plan
 
 
+def _is_estimated(tie: TensorPlan) -> bool:
+    """Whether another estimator than min-max was asked for; a range that was given in numbers is no estimate."""
+    given = isinstance(tie.range, Mapping) and tie.range.get("use") == "fixed"
+    return tie.range != PLAIN and not given
+
+
 def _tell(context: Context, what: str, outcome: str, reason: str) -> None:
     context.tried.append({"what": f"min-max for {what}", "outcome": outcome, "reason": reason})
 
 
 def _with_minmax(graph: Graph, plan: Plan, context: Context, source: str, batches: int | None) -> Plan:
-    ties = {name: tie for name, tie in plan.ties.items() if tie.source == source and tie.range != PLAIN}
+    ties = {name: tie for name, tie in plan.ties.items() if tie.source == source and _is_estimated(tie)}
     changed = plan.with_ties({name: replace(tie, range=PLAIN) for name, tie in ties.items()})
     if source == "measured":
         return measure_ranges(graph, changed, context, batches)

@@ -26,6 +26,7 @@ SETTLED = 1.01  # two layers are even
 SWEEPS = 30  # depthwise layers pass a scale on from both sides
 FAR = 12.0  # normal numbers reach five times a norm's usual gain; far beyond is a channel of outliers
 SAMPLES = 256  # to learn norms' scales from and to judge by, a quarter of them
+WORTHLESS = 0.5  # outputs that err this much rank nothing: even channels are then taken for what comes behind
 SAME = 1e-4  # relative; float32 rounds each weight once more
 
 LAYERS, NORMS = "equalization across layers", "scales moved out of norms"
@@ -188,12 +189,13 @@ def _kept(
         f"error of the simulated outputs {before:.3g} without, {after:.3g} with it, on calibration data held back; "
         f"scales behind {len(scales)} layers"
     )
-    if not after < before:
+    if not after < before and before < WORTHLESS:
         _tell(context, what, "left out", found)
         return graph, plan
     _supersede(graph, plan, context, scratch)
     _tell(context, what, "kept", found)
-    context.notes.append(f"{what} lowered the output error from {before:.3g} to {after:.3g}")
+    if after < before:
+        context.notes.append(f"{what} lowered the output error from {before:.3g} to {after:.3g}")
     return moved, fresh
 
 
