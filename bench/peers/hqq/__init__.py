@@ -1,0 +1,1 @@
+"""HQQ, half-quadratic quantization of weights."""
