@@ -1,7 +1,7 @@
 """HQQ's weights in groups; outputs are PyTorch's, from what HQQ unpacks. `python -m bench.peers.hqq.run JOB.json`.
 
-Its documentation: axis 0 is better at few bits, axis 1 is what fast kernels take. Both are tried; what counts is the one
-whose outputs on the calibration data are nearer the float network's.
+Its documentation: axis 0 is better at few bits, axis 1 is what fast kernels take. Both are tried; what counts is the
+one whose outputs on the calibration data are nearer the float network's.
 """
 
 from __future__ import annotations
