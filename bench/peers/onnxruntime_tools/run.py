@@ -5,7 +5,7 @@ Text: `MatMulNBitsQuantizer`. Two ways are tried in each cell; what counts is th
 data are nearer the float network's.
 
 Left out: Entropy, whose histogram of 128 bins gives MinMax's ranges; the package's GPTQ, whose result doesn't depend on
-its Hessian and is worse than rounding.
+its Hessian and is worse than rounding; SmoothQuant, which takes Neural Compressor 2, and that a NumPy before 2.
 """
 
 from __future__ import annotations
