@@ -229,7 +229,7 @@ def standings(every: Sequence[Job], folder: Path) -> dict[tuple[str, Cell], Stan
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/contest"))
-    parser.add_argument("--peers", help="names, with commas; default: all")
+    parser.add_argument("--entrants", help="names, with commas; default: bitport and all peers")
     parser.add_argument("--networks", default=",".join(CELLS))
     parser.add_argument("--cells", default="", help="names, with semicolons; default: all")
     parser.add_argument("--seeds", default=",".join(map(str, cells.SEEDS)))
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="also write the section to this page")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
-    entrants = list(dict.fromkeys([OWN, *(arguments.peers.split(",") if arguments.peers else peers())]))
+    entrants = arguments.entrants.split(",") if arguments.entrants else [OWN, *peers()]
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     wanted = [name for name in arguments.cells.split(";") if name]
     every = list(jobs(entrants, arguments.networks.split(","), wanted, seeds))

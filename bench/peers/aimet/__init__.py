@@ -1,0 +1,1 @@
+"""AIMET: cross-layer equalization, AdaRound, sequential MSE."""

@@ -1,0 +1,1 @@
+"""Brevitas: layer quantization, GPTQ or Qronos, bias correction."""

@@ -1,0 +1,1 @@
+"""Model Compression Toolkit: gradient-based post-training quantization."""

@@ -1,0 +1,1 @@
+"""ModelOpt: fake quantization with max, MSE, SmoothQuant, AWQ."""
