@@ -20,7 +20,7 @@ from bitport.steps import gptq, reconstruct
 from bitport.steps._base import make
 from bitport.steps._judge import output_error, split_batches
 
-QUICK = {"steps": 80, "batch": 16}
+QUICK = {"steps": 80, "batch": 16, "narrow": False}
 NARROW = {"format": "int2", "granularity": "channel"}
 
 
@@ -162,3 +162,14 @@ def test_batches_of_differing_shapes_and_several_inputs(without_gptq: None) -> N
 def test_odd_options_are_refused(option: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         Recipe(steps=(StepSpec("quantize"), StepSpec("reconstruct", option))).check()
+
+
+def test_wide_activations_are_left_to_gptq_unless_told_otherwise() -> None:
+    x = images(64)
+    wide = Learned(network(), list(x.split(16)), options={"narrow": True}, weights=NARROW)
+    assert "fewer than 8 bits" in wide.told["block reconstruction"]["reason"]
+    assert wide.graph.digest() == wide.plain.reference.digest()
+    narrow = Learned(
+        network(), list(x.split(16)), options={"narrow": True}, weights=NARROW, activations={"format": "int4"}
+    )
+    assert "of 3 blocks" in narrow.told["block reconstruction"]["reason"]

@@ -1,4 +1,4 @@
-"""Neural Compressor: weights alone with GPTQ, HQQ and plainly. `python -m bench.peers.neural_compressor.run JOB.json`."""
+"""Neural Compressor: weights alone, GPTQ, HQQ and plain. `python -m bench.peers.neural_compressor.run JOB.json`."""
 
 from __future__ import annotations
 

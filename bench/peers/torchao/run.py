@@ -113,6 +113,8 @@ def outputs(model: nn.Module, batches: list[Tensor]) -> Tensor:
 def main() -> None:
     job = common.read_job()
     cell, model, data = job["cell"], common.network(job), common.calibration_batches(job)
+    if cell["activations"] and cell["weights"] < 4:
+        common.unsupported("it offers static quantization with 8 and 4 bits, not with 2")
     ways = weight_only(cell, model) if cell["group"] else static(cell, model, data)
     started = time.perf_counter()
     reference = outputs(model, data)

@@ -33,6 +33,7 @@ class Options:
     steps: of the optimizer, for each block. batch: samples a step. rate: learning rate of the rounding.
     settle: weight of the term that drives each value up or down. drop: share of activations left unrounded, at random.
     samples: calibration samples that are used, a quarter of which only judge.
+    narrow: only where activations have fewer than 8 bits: with others GPTQ came out ahead, and in a tenth of the time.
     """
 
     steps: int = 400
@@ -41,6 +42,7 @@ class Options:
     settle: float = 0.1
     drop: float = 0.5
     samples: int = 512
+    narrow: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "samples"):
@@ -59,6 +61,12 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     A block whose outputs are no nearer to the float block's keeps plain rounding. The whole is held against GPTQ on
     samples held back; the better of the two is kept, and a `gptq` step behind this one then finds nothing to do.
     """
+    if options.narrow and not any(
+        tie.format.is_int and tie.format.bits < 8 for tie in plan.measured().values()
+    ):
+        reason = "no activations of fewer than 8 bits, where it gains something over GPTQ; narrow = false learns anyway"
+        context.tried.append({"what": WHAT, "outcome": "left out", "reason": reason})
+        return graph, plan
     layers, _ = gptq.layers_of(graph, plan, gptq.Options(above=1000))
     layers = [layer for layer in layers if plan.ties[layer.tie].format.is_int]
     wanting = {layer.name for layer in gptq.layers_of(graph, plan, gptq.Options())[0]}

@@ -24,7 +24,7 @@ from .calibrate import room_for_biases
 
 WHAT = "distilling into itself"
 SMALL = 1e-4  # 40 dB: nothing worth the time is left to learn
-WORK = 1e12  # multiplications of one way through all steps; a larger network learns in smaller batches, then fewer
+WORK = 3e11  # multiplications of one way through all steps; a larger network learns in smaller batches, then fewer
 FEWEST = 8  # samples in a batch
 BLEND = 0.5  # of another sample, at most
 SCALES, BIASES = 1.0, 0.1  # their rates, as shares of that of codes
