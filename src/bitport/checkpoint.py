@@ -2,24 +2,30 @@
 
 They lie beside the output folder, in `.<name>.checkpoint/`, one folder a generation, named by the number of steps
 done. Each generation is written aside, flushed and renamed, and holds the SHA-256 of its files; the last two are
-kept, so that a damaged one costs a step, not the run. A checkpoint belongs to one run: the same network, data,
-recipe, target, seed, versions and processor. Any other run is refused with the fields that differ, because its
-result would be that of neither.
+kept, so that a damaged one costs a step, not the run. Steps that go layer by layer (`gptq`, `reconstruct`) keep each as
+soon as it is finished, so that a run that was killed goes on behind it. A checkpoint belongs to one run: the same
+network, data, recipe, target, seed, versions and processor. Any other run is refused with the fields that differ,
+because its result would be that of neither.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from . import interrupt, records, store
 from .data import Source
@@ -34,7 +40,9 @@ from .targets._base import Target, host
 
 KEPT = 2  # generations
 EVERY = 60.0  # seconds of work worth a checkpoint: writing one takes a network's export
+WORTH = 2.0  # seconds of a step, before its layers are kept: what takes less is done again
 GRAPH, PLAN, STATE = "graph.pt2", "plan.json", "state.json"
+LAYERS = "layers-"  # what a step has finished inside itself, by the number of steps before it
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,9 @@ def run_steps(
         for index, spec in enumerate(recipe.steps[state.done :], state.done):
             started = time.perf_counter()
             torch.manual_seed(context.seed + index)  # what a step draws doesn't depend on those before it
+            before = state
+            finished = checkpoint.finished(index, lambda: _stopped(checkpoint, before, recipe))  # noqa: B023
+            context.memo = finished
             with context.progress.task(spec.use):
                 work, plan = steps.make(spec.use, spec.options)(work, plan, context)
             seconds[f"{index} {spec.use}"] = time.perf_counter() - started
@@ -83,6 +94,7 @@ def run_steps(
                 with contextlib.suppress(ArtifactError):  # a disk too full for a spare copy stops no run
                     checkpoint.save(state)
                 written = time.monotonic()
+                finished.discard()
     return state, found is not None
 
 
@@ -194,9 +206,13 @@ class Checkpoint:
                 f"checkpoint {self.place} can't be written ({error.strerror or error}): free space"
             ) from error
 
+    def finished(self, index: int, stopped: Callable[[], str]) -> Finished:
+        """What the step of an index keeps of its layers. stopped: saves, and says so, when the run is to end there."""
+        return Finished(self.place, index, self._identity, stopped)
+
     def discard(self) -> None:
         """Remove all generations: the run is over. Somebody else's files in the folder stay."""
-        for folder in (*self._generations(), self.place / "new"):
+        for folder in (*self._generations(), self.place / "new", *self.place.glob(f"{LAYERS}*")):
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.place.rmdir()  # if it is empty
@@ -237,6 +253,71 @@ class Checkpoint:
         )
         notes, tried = tuple(known["notes"]), tuple(known["tried"])
         return State(int(known["done"]), graph, plan, notes, dict(known["seconds"]), tried)
+
+
+class Finished:
+    """The layers that a step has finished: each in a file, which is whole or isn't there, with its own digest.
+
+    The folder's name says of which run and step they are: others are never read. Where the disk refuses, nothing is
+    kept, and the layer is done again.
+    """
+
+    def __init__(
+        self, place: Path, index: int, identity: Callable[[], Mapping[str, Any]], stopped: Callable[[], str]
+    ) -> None:
+        self._place, self._index, self._identity, self._stopped = place, index, identity, stopped
+        self._begun = time.monotonic()
+
+    @cached_property
+    def _folder(self) -> Path:
+        run = hashlib.sha256(json.dumps(self._identity(), sort_keys=True, default=str).encode()).hexdigest()
+        return self._place / f"{LAYERS}{self._index:04d}-{run[:32]}"
+
+    def _file(self, key: str) -> Path:
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+    def found(self, key: str) -> Mapping[str, torch.Tensor] | None:
+        """What was kept under a key; None where nothing was, or where it was damaged since."""
+        if self._place.is_symlink() or not self._place.is_dir():
+            return None
+        path = self._file(key)
+        if path.is_symlink() or not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+                known = (opened.metadata() or {}).get("digest")
+        except (OSError, SafetensorError, ValueError, RuntimeError):
+            return None
+        return tensors if known == _digest(tensors) else None
+
+    def keep(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep tensors under a key. Raises Interrupted where somebody asked the run to stop."""
+        if interrupt.asked() or time.monotonic() - self._begun >= WORTH:
+            self._write(key, {name: value.detach().contiguous() for name, value in tensors.items()})
+        if interrupt.asked():
+            interrupt.edge(self._stopped())
+
+    def _write(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            waiting = self._file(key).with_suffix(".new")
+            waiting.write_bytes(save(tensors, {"digest": _digest(tensors)}))
+            os.replace(waiting, self._file(key))
+
+    def discard(self) -> None:
+        """Forget the step's layers: its result is kept elsewhere."""
+        if "_folder" in self.__dict__:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 class _Foreign(ArtifactError):

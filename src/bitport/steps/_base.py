@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -29,6 +29,28 @@ from ..simulate import Arithmetic
 OnValue = Callable[[fx.Node, Any], Any]
 
 
+class Memo(Protocol):
+    """What a step has finished inside itself, so that a run that was stopped there doesn't do it twice."""
+
+    def found(self, key: str) -> Mapping[str, Tensor] | None:
+        """What was kept under a key, to the bit; None where nothing was."""
+        ...
+
+    def keep(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a key. May raise Interrupted, where somebody asked the run to stop."""
+        ...
+
+
+class NoMemo:
+    """Nothing is kept."""
+
+    def found(self, key: str) -> None:
+        """Nothing."""
+
+    def keep(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing is done."""
+
+
 @dataclass
 class Context:
     """What steps may use.
@@ -43,6 +65,7 @@ class Context:
         device: where float passes run, as torch names it; integers are decided on the CPU all the same.
         seed: for every random choice; the caller's global generators are never touched.
         notes: sentences for the report; steps append.
+        memo: where a step keeps what it has finished of its layers.
         tried: what a step tried, `{what, outcome, reason}`: what was kept, what was left out, and why; steps append.
     """
 
@@ -58,6 +81,7 @@ class Context:
     progress: Progress = field(default_factory=NullProgress)
     notes: list[str] = field(default_factory=list)
     tried: list[dict[str, str]] = field(default_factory=list)
+    memo: Memo = field(default_factory=NoMemo)
     _folded: Graph | None = field(default=None, repr=False)
 
     def remember_folded(self, graph: Graph) -> None:

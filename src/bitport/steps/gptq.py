@@ -195,7 +195,7 @@ class _Solving(Abreast):
         batches: Sequence[Inputs],
     ) -> None:
         super().__init__(context.original(graph, plan), graph, plan, context.arithmetic, batches)
-        self.options = options
+        self.options, self.memo = options, context.memo
         self.layers = {layer.name: layer for layer in layers}
         self.refused: dict[str, str] = {}
         self._last: tuple[object, InputMoments] | None = None
@@ -209,10 +209,16 @@ class _Solving(Abreast):
             if layer is None:
                 continue
             ahead -= 1
-            try:
-                self._solve(layer, real, node)
-            except DataError as error:
-                self.refused[layer.name] = str(error)
+            key = f"{WHAT}, shift {self.options.shift:g}: {layer.name}"
+            known = self.memo.found(key)
+            if known is not None:
+                self._take(layer, known)
+            else:
+                try:
+                    self._solve(layer, real, node)
+                    self.memo.keep(key, self._solved(layer))
+                except DataError as error:
+                    self.refused[layer.name] = str(error)
             advance(1)
         return self.work, self.plan
 
@@ -248,6 +254,20 @@ class _Solving(Abreast):
             self.change(settle(self.plan.with_ties({layer.tie: changed})))
         else:
             self.change(self.plan)
+
+    def _solved(self, layer: Layer) -> dict[str, Tensor]:
+        """All that solving for a layer has changed."""
+        scale, zero_point = self.plan.ties[layer.tie].parameters()
+        found = {"weight": self.work.tensor(layer.weight).detach(), "scale": scale, "zero_point": zero_point}
+        return found if layer.bias is None else {**found, "bias": self.work.tensor(layer.bias).detach()}
+
+    def _take(self, layer: Layer, known: Mapping[str, Tensor]) -> None:
+        self.work.set_tensor(layer.weight, known["weight"])
+        if layer.bias is not None:
+            self.work.set_tensor(layer.bias, known["bias"])
+        tie = self.plan.ties[layer.tie]
+        changed = replace(tie, scale=known["scale"], zero_point=known["zero_point"])
+        self.change(settle(self.plan.with_ties({layer.tie: changed})))
 
     def _moments(self, layer: Layer, real: fx.Node, node: fx.Node) -> InputMoments:
         """Second moments of what the layer reads; those of the layer before where both read the same."""

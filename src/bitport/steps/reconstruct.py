@@ -135,9 +135,38 @@ class _Learning(Abreast):
             for _, node in self.walk():
                 if node in starts:
                     self.blocks += 1
-                    self.kept += self._learn(self._opened(starts[node]))
+                    self.kept += self._block(starts[node])
                     task.advance(1)
         return self.work, room_for_biases(self.work, self.plan, None)
+
+    def _block(self, nodes: list[fx.Node]) -> bool:
+        """Learn a block, or take what was learned of it before the run was stopped."""
+        block, memo = self._opened(nodes), self.context.memo
+        key = f"{WHAT}: {self.work.name(nodes[0])}"
+        # what is drawn for a block doesn't depend on whether those before it were learned or taken
+        self._random.manual_seed(self.context.seed + self.blocks)
+        known = memo.found(key)
+        if known is not None:
+            if known:
+                self._take(known)
+            return bool(known)
+        found = self._learn(block)
+        memo.keep(key, self._learned(block) if found else {})
+        return found
+
+    def _learned(self, block: _Block) -> dict[str, Tensor]:
+        tensors = {f"tensor {name}": self.work.tensor(name).detach() for name in (*block.soft, *block.biases)}
+        return tensors | {f"scale {name}": self.plan.ties[name].parameters()[0] for name in block.scales}
+
+    def _take(self, known: Mapping[str, Tensor]) -> None:
+        ties = {}
+        for key, value in known.items():
+            kind, _, name = key.partition(" ")
+            if kind == "tensor":
+                self.work.set_tensor(name, value)
+            else:
+                ties[name] = replace(self.plan.ties[name], scale=value)
+        self.change(settle(self.plan.with_ties(ties)))
 
     def _opened(self, nodes: list[fx.Node]) -> _Block:
         block = _Block(nodes)
