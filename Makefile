@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 JOBS   ?= 2
 
-.PHONY: demo test test-slow check lint types imports bench contest efforts picture clean
+.PHONY: demo test test-slow check lint types imports bench contest picture clean
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,9 +47,6 @@ bench: $(VENV)/core.stamp
 
 contest: $(VENV)/test.stamp
 	$(BIN)/python -m bench.peers.contest --write docs/benchmarks.md
-
-efforts: $(VENV)/test.stamp
-	$(BIN)/python -m bench.efforts --write docs/efforts.md
 
 picture: $(VENV)/test.stamp
 	$(BIN)/bitport demo

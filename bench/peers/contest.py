@@ -107,7 +107,7 @@ def sources(name: str) -> str:
     """A digest of what an entrant's results depend on."""
     files = [HERE / "common.py", ROOT / "bench" / "subjects.py", *sorted((HERE / name).glob("*"))]
     if name == OWN:
-        files += [*sorted((ROOT / "src").rglob("*.py")), ROOT / "bench" / "efforts.py"]
+        files += sorted((ROOT / "src").rglob("*.py"))
     found = hashlib.sha256()
     for path in files:
         if path.is_file():

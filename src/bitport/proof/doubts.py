@@ -33,9 +33,12 @@ def of_data(calibration: Source, judged: Source, has_evaluation: bool) -> list[s
     if calibration.dropped:
         notes.append(f"{calibration.dropped} calibration batches held NaN and were left out")
     if (distinct := calibration.distinct()) < FEW_SAMPLES:
+        # the next of n + 1 samples is as likely as any other to be the largest, or the smallest (Wilks 1941)
+        beyond = wording.percent(min(1.0, 2 / (distinct + 1)), 0)
         notes.append(
-            f"the calibration data has only {distinct} distinct sample{'s' * (distinct != 1)}: "
-            f"values beyond theirs are clipped; give {FEW_SAMPLES} at least, better some hundreds"
+            f"the calibration data has only {distinct} distinct sample{'s' * (distinct != 1)}: in each tensor about "
+            f"{beyond} of new samples go beyond its range and are clipped; give {FEW_SAMPLES} at least, better some "
+            "hundreds"
         )
     return notes
 

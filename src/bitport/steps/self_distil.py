@@ -23,7 +23,7 @@ from ._judge import Inputs, has_batches, output_error, parted, samples_in
 from .calibrate import room_for_biases
 
 WHAT = "distilling into itself"
-SMALL = 1e-4  # 40 dB: nothing worth the time is left to learn
+SMALL = 1e-3  # 30 dB: nothing worth the time is left to learn
 WORK = 3e11  # multiplications of one way through all steps; a larger network learns in smaller batches, then fewer
 FEWEST = 8  # samples in a batch
 BLEND = 0.5  # of another sample, at most
