@@ -58,11 +58,14 @@ def test_a_good_range_stays_and_that_is_told() -> None:
     assert [row["outcome"] for row in told.tried if row["what"].startswith("min-max")] == ["left out"]
 
 
-def test_min_max_has_nothing_to_be_held_against() -> None:
-    asked, found, told, _ = chosen(
-        chain(), images(64), {"format": "int2"}, {"format": "int8", "range": "minmax"}
-    )
-    assert found is asked and not told.tried
+def test_min_max_of_narrow_weights_gives_way_to_the_smallest_error() -> None:
+    x = images(64)
+    asked, found, told, graph = chosen(chain(), x, {"format": "int2"}, {"format": "int8", "range": "minmax"})
+    (row,) = told.tried
+    assert row["what"] == "squared error for weights" and row["outcome"] == "kept"
+    errors = [output_error(graph, plan, graph, told.arithmetic, [(x[:16],)]) for plan in (asked, found)]
+    assert errors[1] < errors[0]
+    assert {tie.range for tie in found.measured().values()} == {"minmax"}  # which nothing is tried against
 
 
 def test_what_is_near_already_is_left_alone() -> None:
@@ -85,5 +88,6 @@ def test_before_calibration_it_says_so() -> None:
 
 def test_a_range_given_in_numbers_stays() -> None:
     given = {"format": "int8", "range": {"use": "fixed", "low": 0.0, "high": 0.05}}
-    asked, found, told, _ = chosen(chain(), images(64), {"format": "int8"}, given)
-    assert found is asked and not told.tried
+    asked, found, told, _ = chosen(chain(), images(64), {"format": "int8", "range": "mse"}, given)
+    assert found.measured() == asked.measured()
+    assert [row["what"] for row in told.tried] == ["min-max for weights"]
