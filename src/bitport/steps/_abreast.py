@@ -1,7 +1,8 @@
 """Float and simulated network side by side on the calibration data, operator by operator, with weights that change.
 
 What a step learns of a layer it learns on the inputs that the layers before it will really give, and the data goes
-through both networks once. Alive are the values that somebody still reads, of every batch.
+through both networks once. Alive are the values that somebody still reads, of every batch: where they are large, fewer
+batches go through.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from ..plan import Plan
 from ..simulate import Arithmetic, Run, Simulator
 from ._judge import Inputs
 
+MOST = 2**30  # bytes of activations that are alive at once, about
+ALIVE = 6  # of the largest activation: an operator's operands and result, in both networks
+
 
 class Abreast:
     """Attributes: real, the float network; work, the copy whose weights may change; plan, the one in force;
@@ -32,7 +36,7 @@ class Abreast:
         self._simulator = Simulator(self.work, plan, arithmetic)
         floats = Simulator(real, Plan.empty(plan.target), Arithmetic())
         self.runs: list[tuple[Run, Run]] = [
-            (floats.begin(batch), self._simulator.begin(batch)) for batch in batches
+            (floats.begin(batch), self._simulator.begin(batch)) for batch in affordable(real, batches)
         ]
 
     def walk(self) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -50,6 +54,21 @@ class Abreast:
         """Go on with another plan, and with the weights of `work` as they are now."""
         self.plan = plan
         self._simulator.change(plan)
+
+
+def affordable(graph: Graph, batches: Sequence[Inputs], most: int | None = None) -> list[Inputs]:
+    """As many of the batches, evenly spread, as may be alive in two networks at once; one at least."""
+    largest = 0
+
+    def look(node: fx.Node, value: object) -> None:
+        nonlocal largest
+        if isinstance(value, Tensor):
+            largest = max(largest, value.numel() * value.element_size())
+
+    with torch.no_grad():
+        graph.run(*batches[0], on_value=look)
+    count = max(1, (MOST if most is None else most) // max(1, ALIVE * largest))
+    return [batches[int(index)] for index in spread_evenly(len(batches), count)]
 
 
 def readers_of(graph: Graph, plan: Plan | None = None) -> Counter[int]:
