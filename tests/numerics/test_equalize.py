@@ -18,6 +18,7 @@ from bitport.numerics.equalize import (
     input_ranges,
     layer_scales,
     output_ranges,
+    salience_scales,
     scale_inputs,
     scale_outputs,
     smoothing_scales,
@@ -184,3 +185,10 @@ def test_scales_that_are_alike_change_no_rounding() -> None:
             scale, zero = qparams(part.min(), part.max(), Format.parse("int8n symmetric"))
             codes.append(fake_quantize(part, scale, zero, -127, 127))
         assert torch.equal(*codes)
+
+
+def test_salience_raises_the_weights_of_loud_inputs() -> None:
+    mean = torch.tensor([0.25, 1.0, 4.0, 0.0])
+    found = salience_scales(mean, 0.5)
+    assert torch.allclose(found, torch.tensor([0.5, 1.0, 2.0, 1.0], dtype=torch.float64))
+    assert torch.equal(salience_scales(mean, 0.0), torch.ones(4, dtype=torch.float64))

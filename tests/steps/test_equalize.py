@@ -453,3 +453,49 @@ def test_outputs_that_err_too_much_to_rank_anything_keep_even_channels(
     settings = context(prepared.graph, prepared.target, list(x.split(16)))
     _, plan = make("equalize", {})(prepared.reference.clone(), prepared.plan, settings)
     assert plan.rescaled and not any("lowered" in note for note in settings.notes)
+
+
+class Loud(nn.Module):
+    """A norm with a few loud channels, less than four times their median, in front of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(64), nn.Linear(64, 48)
+        with torch.no_grad():
+            self.norm.weight[::16] = 3.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(self.norm(x))
+        return y
+
+
+@pytest.mark.parametrize(("bits", "tried"), [(3, True), (8, False)])
+def test_weights_of_loud_inputs_grow_where_they_are_narrow(bits: int, tried: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(128, 64)
+    weights = {"format": f"int{bits}", "granularity": "group", "group": 32, "symmetric": False}
+    prepared = prepare(
+        Loud(), list(x[:96].split(16)), "null", weights=weights, activations={"format": "float32"}
+    )
+    settings = context(prepared.graph, prepared.target, list(x[:96].split(16)))
+    graph, plan = make("equalize", {})(prepared.reference.clone(), prepared.plan, settings)
+    rows = [row for row in settings.tried if row["what"] == equalize.SALIENT]
+    assert bool(rows) is tried
+    if not tried:
+        assert plan is prepared.plan
+        return
+    assert rows[0]["outcome"] == "kept" and 1 <= len(rows) <= equalize.TIMES
+    held = [(x[96:],)]
+    errors = [
+        output_error(found, planned, prepared.reference, settings.arithmetic, held)
+        for found, planned in ((prepared.reference, prepared.plan), (graph, plan))
+    ]
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_integer_activations_leave_loud_inputs_alone() -> None:
+    x = torch.randn(64, 64)
+    prepared = prepare(Loud(), [x], "null", weights={"format": "int3"})
+    settings = context(prepared.graph, prepared.target, [x])
+    make("equalize", {})(prepared.reference.clone(), prepared.plan, settings)
+    assert not [row for row in settings.tried if row["what"] == equalize.SALIENT]

@@ -80,6 +80,16 @@ def smoothing_scales(seen: Tensor, read: Tensor, alpha: float) -> Tensor:
     return _settled(seen, read, alpha)
 
 
+def salience_scales(mean: Tensor, alpha: float) -> Tensor:
+    """s = a^α around its median: inputs that are loud on average get larger weights, which lose less by rounding.
+
+    Source: Lin et al. 2023, arXiv:2306.00978 (AWQ), section 3.2. mean: a, the mean magnitudes, [C], not negative.
+
+    Returns, raises as `layer_scales`.
+    """
+    return _settled(mean, torch.ones_like(mean), alpha)
+
+
 def spread(scales: Tensor) -> float:
     """How far the scale furthest from the median is from it, as a factor of at least 1; 1.0 of no scales."""
     if scales.numel() == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from ..errors import BitportError, RecipeError
 from ..graph import Graph
 from ..graph.pairs import Chain, find, move, move_all, ranges
-from ..numerics.equalize import LARGEST, layer_scales, smoothing_scales, spread
+from ..numerics.equalize import LARGEST, layer_scales, salience_scales, smoothing_scales, spread
 from ..numerics.error import ErrorStats
 from ..plan import Plan
 from ._base import Context
@@ -29,7 +29,11 @@ SAMPLES = 256  # to learn norms' scales from and to judge by, a quarter of them
 WORTHLESS = 0.5  # outputs that err this much rank nothing: even channels are then taken for what comes behind
 SAME = 1e-4  # relative; float32 rounds each weight once more
 
+NARROW = 4  # bits of weights up to which the weights of loud inputs are made larger
+SALIENCE, TIMES = 0.25, 3  # power of an input's mean magnitude; as often as it helps, three times at most
+
 LAYERS, NORMS = "equalization across layers", "scales moved out of norms"
+SALIENT = "weights scaled by their inputs' magnitudes"
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     are tried one after the other: the result is compared with what it was made of on calibration batches that the
     scales haven't seen, and the better is kept, said in `tried`. Where ranges are alike nothing runs.
 
+    Where weights of few bits meet float activations, norms' scales also move by how loud their channels are on average
+    (Lin et al. 2023, AWQ), a little at a time, as long as it helps.
+
     Raises GraphError before `calibrate`.
     """
     if not plan.quantized:
@@ -79,6 +86,14 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         graph, plan = _kept(NORMS, graph, plan, None, context, options, uneven)
     elif norms:
         _tell(context, NORMS, "left out", _alike(len(norms), "norms"))
+    salient = [chain for chain in norms if _stores_narrow_weights(chain, plan)]
+    for _ in range(TIMES if salient else 0):
+        before = plan
+        learnt, _ = parted(context.calibration, graph, SAMPLES)
+        scales = _salient(graph, salient, context, learnt)
+        graph, plan = _kept(SALIENT, graph, plan, scales, context, options)
+        if plan is before:
+            break
     return graph, plan
 
 
@@ -131,10 +146,46 @@ def _even(graph: Graph, chains: Sequence[Chain]) -> dict[str, Tensor]:
     return {name: scales.clamp(1 / LARGEST, LARGEST) for name, scales in found.items()}
 
 
+def _stores_narrow_weights(chain: Chain, plan: Plan) -> bool:
+    """Whether all that reads a norm are layers of few bits whose activations stay float."""
+    for end in chain.readers:
+        tie = next((plan.ties[tie] for edge, tie in plan.edges.items() if edge.producer == end.weight), None)
+        if (
+            plan.node(end.name).mode != "weights"
+            or tie is None
+            or not tie.format.is_int
+            or tie.format.bits > NARROW
+        ):
+            return False
+    return True
+
+
+def _salient(
+    graph: Graph, chains: Sequence[Chain], context: Context, batches: Sequence[Inputs]
+) -> dict[str, Tensor]:
+    """The scales that make the weights of loud inputs larger than those beside them, so that rounding loses less."""
+    means = _seen(graph, chains, context, batches, lambda channels: channels.mean(1))
+    return {name: salience_scales(mean, SALIENCE) for name, mean in means.items()}
+
+
 def _smooth(
     graph: Graph, chains: Sequence[Chain], context: Context, batches: Sequence[Inputs], alpha: float
 ) -> dict[str, Tensor]:
     """The scales that divide norms' outputs, from their largest magnitudes on some batches."""
+    seen = _seen(graph, chains, context, batches, lambda channels: channels.amax(1))
+    return {
+        chain.name: smoothing_scales(seen[chain.name], ranges(graph, chain)[1], alpha) for chain in chains
+    }
+
+
+def _seen(
+    graph: Graph,
+    chains: Sequence[Chain],
+    context: Context,
+    batches: Sequence[Inputs],
+    of: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """What `of` says of the magnitudes [C, N] of each chain's channels, the largest over the batches, float64 [C]."""
     by_name = {chain.name: chain for chain in chains}
     by_node = {node: by_name[graph.name(node)] for node in graph.nodes() if graph.name(node) in by_name}
     seen: dict[str, Tensor] = {}
@@ -142,16 +193,14 @@ def _smooth(
     def look(node: fx.Node, value: Any) -> None:
         if node in by_node:
             chain = by_node[node]
-            largest = value.detach().movedim(chain.axis, 0).flatten(1).abs().amax(1).double().cpu()
-            seen[chain.name] = torch.maximum(seen.get(chain.name, largest), largest)
+            found = of(value.detach().movedim(chain.axis, 0).flatten(1).abs()).double().cpu()
+            seen[chain.name] = torch.maximum(seen.get(chain.name, found), found)
 
     run = context.float_pass(graph)
     with torch.no_grad():
         for inputs in batches:
             run(inputs, look)
-    return {
-        chain.name: smoothing_scales(seen[chain.name], ranges(graph, chain)[1], alpha) for chain in chains
-    }
+    return seen
 
 
 # ------------------------------------------------------------------------------------------------ which is better
