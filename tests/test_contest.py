@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from bench import subjects
 from bench.peers import cells, contest, page
 from bench.peers.cells import Cell
 from bench.peers.contest import Job
-from bench.peers.judge import Entry, Standing, loss, pooled, scores
+from bench.peers.judge import Entry, Standing, at_or_above, loss, pooled, scores
 from bench.table import CONTEST, publish, publish_section
 
 RIGHT = np.ones(1000)
@@ -53,6 +54,8 @@ def test_seeds_are_pooled_sample_by_sample() -> None:
     found = pooled([RIGHT, RIGHT], [wrong(10), wrong(30)], [1.0, 3.0], text=False)
     assert found.loss is not None and found.loss.drop == pytest.approx(2.0) and found.loss.n == 2000
     assert found.seconds == 2.0
+    assert [each.drop for each in found.by_seed] == pytest.approx([1.0, 3.0])
+    assert all(each.n == 1000 and each.low < each.drop < each.high for each in found.by_seed)
 
 
 # --------------------------------------------------------------------------- who is ahead
@@ -74,6 +77,8 @@ def standing(ours: int, start: int, *peers: int | str) -> Standing:
         (120, 0, (40, 60, 80), 6.0, False, False, "behind"),
         (70, 0, (10, 70, 80), 7.0, True, False, "behind"),
         (42, 500, (40, 60, 80), 6.0, True, True, "tied"),  # as many, of other samples
+        (65, 0, (10, 60, 80, 90), 7.0, False, False, "behind"),  # of two in the middle the better one counts
+        (65, 400, (10, 60, 80, 90), 7.0, True, False, "behind"),  # tied with it
         (5, 0, (40, "unsupported: no"), 4.0, True, True, "ahead"),
         (5, 0, (60, 40, "failed: log"), 5.0, True, True, "ahead"),
     ],
@@ -83,15 +88,21 @@ def test_standings(
 ) -> None:
     found = standing(ours, start, *peers)
     assert found.median_loss == pytest.approx(median)
-    assert found.beats_median("balanced") is ahead_of_median and found.beats_best("best") is ahead_of_best
-    gap = found.against_best("best")
-    assert gap is not None and page._verdict(gap).endswith(word)
+    middle = found.against(found.median_peer, "balanced")
+    assert middle is not None and at_or_above(middle) is ahead_of_median
+    gap = found.against(found.best_peer, "best")
+    assert gap is not None and at_or_above(gap) is ahead_of_best and page._verdict(gap).endswith(word)
 
 
 def test_nobody_ran() -> None:
     found = standing(5, 0, "failed: x", "unsupported: y")
-    assert found.best_peer is None and found.median_loss is None
-    assert found.beats_median("balanced") is None and found.beats_best("best") is None
+    assert found.best_peer is None and found.median_peer is None and found.median_loss is None
+    assert found.against(found.best_peer, "best") is None
+
+
+def test_an_effort_that_did_not_run_is_held_against_nobody() -> None:
+    found = standing(5, 0, 40)
+    assert found.against("peer0", "best") is not None and found.against("peer0", "fast") is None
 
 
 def test_the_page_tells_gaps_failures_and_versions() -> None:
@@ -100,11 +111,28 @@ def test_the_page_tells_gaps_failures_and_versions() -> None:
         ("thin", cell): standing(5, 0, 40, "unsupported: it has no 4 bits"),
         ("vit", cell): standing(120, 0, 40, "failed: Traceback\n  File\nValueError: planted"),
     }
-    text = page.section(found, {"peer0": {"torch": "9.9"}}, [0, 1, 2])
+    versions = {"peer0": {"torch": "9.9"}, "bitport": {"onnxruntime": "7.7"}}
+    text = page.section(found, versions, [0], {"peer0": "requirements.txt: log\nERROR: planted too"})
     assert text.startswith(CONTEST)
     assert "peer0: 4.00 (" in text and ": ahead |" in text and ": behind |" in text
-    assert "in 1 of 2 cells" in text and "torch 9.9" in text
+    assert "`best` above the best peer, or tied with it, in 1 of 2 cells" in text
+    assert "(behind: vision transformer W4A4)" in text
+    assert "torch 9.9" in text and "**bitport** (onnxruntime 7.7)" in text
+    assert "environment: ERROR: planted too" in text and "Seed by seed" not in text
     assert "unsupported: it has no 4 bits" in text and "failed: ValueError: planted" in text
+
+
+def test_the_page_tells_every_seed() -> None:
+    own, other = (
+        pooled([RIGHT, RIGHT], [wrong(a), wrong(b)], [1.0, 1.0], text=False) for a, b in ((10, 30), (50, 70))
+    )
+    found = {("thin", Cell("W4A4", 4, 4)): Standing(False, {"best": own}, {"peer": other})}
+    text = page.section(found, {}, [0, 1], {})
+    (row,) = [line for line in text.partition("Seed by seed (0, 1)")[2].splitlines() if "| W4A4 |" in line][
+        :1
+    ]
+    told = [[each.split(" ")[0] for each in cell.strip().split(" · ")] for cell in row.split("|")[3:-1]]
+    assert told == [["–"], ["1.00", "3.00"], ["5.00", "7.00"]]
 
 
 def test_a_section_is_replaced_and_survives_the_rest_of_its_page(tmp_path: Path, capsys: Any) -> None:
@@ -154,6 +182,17 @@ def test_what_has_run_is_not_run_again_until_something_changes(
     assert len(ran) == 3
 
 
+def test_what_failed_is_run_again_on_request_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = iter([{"failed": "too slow"}, {"seconds": 1.0}])
+    monkeypatch.setattr(contest, "_ran", lambda *given: next(results))
+    job = Job("other", "thin", 0, Cell("W4A4", 4, 4))
+    assert "failed" in contest.run(job, tmp_path) and "failed" in contest.run(job, tmp_path)
+    assert contest.run(job, tmp_path, again=True)["seconds"] == 1.0
+    assert (
+        contest.run(job, tmp_path, again=True)["seconds"] == 1.0
+    )  # nothing failed: it isn't run a third time
+
+
 @pytest.mark.parametrize(
     ("script", "limit", "wanted"),
     [
@@ -185,6 +224,47 @@ def test_a_tool_without_an_environment_has_failed(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(contest, "environment", lambda name, folder: (None, "no such version"))
     found = contest.run(Job("hqq", "thin", 0, Cell("W4A4", 4, 4)), tmp_path)
     assert "no such version" in found["failed"]
+
+
+@pytest.fixture
+def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A tool `planted` with two files of requirements, a pip that fails where they say "bad"; what it was asked for."""
+    seen: list[str] = []
+    monkeypatch.setattr(contest, "HERE", tmp_path / "peers")
+    (tmp_path / "peers" / "planted").mkdir(parents=True)
+    (tmp_path / "folder" / "env").mkdir(parents=True)
+    contest.environment.cache_clear()
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        seen.append(Path(command[-1]).name)
+        bad = "bad" in Path(command[-1]).read_text()
+        return subprocess.CompletedProcess(command, int(bad), "", "ERROR: no such version" if bad else "")
+
+    monkeypatch.setattr(contest.subprocess, "run", run)
+    monkeypatch.setattr(contest.venv, "create", lambda place, **options: place.mkdir(exist_ok=True))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "asked", "works"),
+    [
+        ("good", "good too", ["requirements.txt"], True),
+        ("bad", "good", ["requirements.txt", "requirements-2.txt"], True),
+        ("bad", "bad too", ["requirements.txt", "requirements-2.txt"], False),
+    ],
+)
+def test_the_second_requirements_are_tried_where_the_first_fail(
+    first: str, second: str, asked: list[str], works: bool, pip: list[str], tmp_path: Path
+) -> None:
+    tool, folder = tmp_path / "peers" / "planted", tmp_path / "folder"
+    (tool / "requirements.txt").write_text(first)
+    (tool / "requirements-2.txt").write_text(second)
+    python, said = contest.environment("planted", folder)
+    assert pip == asked and (python is not None) is works
+    assert ("requirements.txt: ERROR: no such version" in said) is (first == "bad")
+    contest.environment.cache_clear()  # as in another process
+    assert contest.environment("planted", folder) == (python, said)
+    assert len(pip) == len(asked) * (1 if works else 2)  # what is made isn't made again
 
 
 # --------------------------------------------------------------------------- networks

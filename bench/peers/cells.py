@@ -47,7 +47,7 @@ TITLES = {
     "thin": "thin residual CNN",
     "thin-twin": "its rescaled twin",
     "mobile": "depthwise + SE",
-    "mobile-twin": "its rescaled twin",
+    "mobile-twin": "its rescaled twin (depthwise)",
     "vit": "vision transformer",
     "gpt": "byte GPT",
 }

@@ -82,23 +82,32 @@ def jobs(
 
 @cache
 def environment(name: str, folder: Path) -> tuple[Path | None, str]:
-    """(its Python, "") of a tool, made where it isn't there; (None, why) where it can't be made."""
+    """A tool's Python, made where it isn't there, or None where it can't be made; and what failed of making it.
+
+    `requirements.txt` is tried first, then `requirements-2.txt`, if there, and so on.
+    """
     if name == OWN:
         return Path(sys.executable), ""
-    place, said = folder / "env" / name, ""
-    for requirements in sorted((HERE / name).glob("requirements*.txt")):
-        wanted, mark = requirements.read_text(), place / "made"
-        if mark.exists() and mark.read_text() == wanted:
-            return place / "bin" / "python", ""
-        if not (place / "bin" / "python").exists():
+    place = folder / "env" / name
+    python, mark = place / "bin" / "python", place / "made"
+    failures = folder / "env" / f"{name}.failed"
+    choices = sorted((HERE / name).glob("requirements*.txt"), key=lambda path: path.stem)
+    if mark.exists() and mark.read_text() in [path.read_text() for path in choices]:
+        return python, failures.read_text() if failures.exists() else ""
+    failures.unlink(missing_ok=True)
+    said = ""
+    for requirements in choices:
+        if not python.exists():
             venv.create(place, with_pip=True)
-        command = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "-r", str(requirements)]
+        command = [str(python), "-m", "pip", "install", "--quiet", "-r", str(requirements)]
         made = subprocess.run(command, capture_output=True, text=True, check=False)
-        (folder / "env" / f"{name}.log").write_text(made.stdout + made.stderr)
+        log = made.stdout + made.stderr
+        (folder / "env" / f"{name}.log").write_text(log)
         if made.returncode == 0:
-            mark.write_text(wanted)
-            return place / "bin" / "python", ""
-        said += f"{requirements.name}: {(made.stdout + made.stderr)[-TAIL:]}\n"
+            mark.write_text(requirements.read_text())
+            return python, said
+        said += f"{requirements.name}: {log[-TAIL:]}\n"
+        failures.write_text(said)
     return None, said or "it has no requirements"
 
 
@@ -118,14 +127,17 @@ def sources(name: str) -> str:
 # --------------------------------------------------------------------------------------------- one run
 
 
-def run(job: Job, folder: Path, *, limit: int = LIMIT) -> dict[str, Any]:
-    """The result of a job: what its run left, or {"unsupported": why}, or {"failed": end of the log}."""
+def run(job: Job, folder: Path, *, limit: int = LIMIT, again: bool = False) -> dict[str, Any]:
+    """The result of a job: what its run left, or {"unsupported": why}, or {"failed": end of the log}.
+
+    again: what failed is run once more, too (a busy machine runs out of time).
+    """
     out = job.place(folder)
     record = out / "record.json"
     key = hashlib.sha256(f"{asdict(job)}{sources(job.entrant)}".encode()).hexdigest()
     if record.exists():
         found: dict[str, Any] = json.loads(record.read_text())
-        if found.get("key") == key:
+        if found.get("key") == key and not (again and "failed" in found):
             return found
     out.mkdir(parents=True, exist_ok=True)
     result = {**_ran(job, out, folder, limit), "key": key}
@@ -236,6 +248,7 @@ def main() -> None:
     parser.add_argument(
         "--at-once", type=int, default=1, help="runs side by side: their seconds are no timings then"
     )
+    parser.add_argument("--again", action="store_true", help="run what failed once more")
     parser.add_argument("--write", type=Path, help="also write the section to this page")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
@@ -243,16 +256,19 @@ def main() -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     wanted = [name for name in arguments.cells.split(";") if name]
     every = list(jobs(entrants, arguments.networks.split(","), wanted, seeds))
+    troubles = {}
     for name in entrants:
-        _, why = environment(name, folder)
-        sys.stderr.write(f"{name}: {'ready' if not why else 'no environment'}\n")
+        python, why = environment(name, folder)
+        if why:
+            troubles[name] = why
+        sys.stderr.write(f"{name}: {'ready' if python else 'no environment'}\n")
     for network in arguments.networks.split(","):
         for seed in seeds:
             cells.state_of(network, seed, folder)
             cells.data_of(network, seed, folder)
     with ThreadPoolExecutor(max_workers=arguments.at_once) as pool:
         for index, (job, result) in enumerate(
-            zip(every, pool.map(lambda job: run(job, folder), every), strict=True), 1
+            zip(every, pool.map(lambda job: run(job, folder, again=arguments.again), every), strict=True), 1
         ):
             state = next(
                 (key for key in ("failed", "unsupported") if key in result),
@@ -262,7 +278,8 @@ def main() -> None:
                 f"{index}/{len(every)} {job.name} {job.network} {job.seed} {job.cell.name}: {state}\n"
             )
     versions = {name: _versions(name, every, folder) for name in entrants}
-    publish_section(page.section(standings(every, folder), versions, seeds), arguments.write, page.HEADING)
+    text = page.section(standings(every, folder), versions, seeds, troubles)
+    publish_section(text, arguments.write, page.HEADING)
 
 
 def _versions(name: str, every: Sequence[Job], folder: Path) -> dict[str, str]:

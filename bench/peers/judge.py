@@ -40,6 +40,7 @@ class Entry:
     """One entrant in one cell, over all seeds. Without scores: why there are none."""
 
     loss: Interval | None = None
+    by_seed: tuple[Interval, ...] = ()
     seconds: float = 0.0
     scores: Scores | None = None
     method: str = ""
@@ -68,26 +69,22 @@ class Standing:
         """Of the peers; None where none ran."""
         return median(_drop(entry) for entry in self.ran.values()) if self.ran else None
 
-    def beats_median(self, effort: str) -> bool | None:
-        """At or above the median peer: loses no more, or no more than chance explains."""
-        middle, own = self.median_loss, self.ours.get(effort, Entry())
-        if middle is None or own.loss is None:
-            return None
-        return _drop(own) <= middle or own.loss.low <= middle
+    @property
+    def median_peer(self) -> str | None:
+        """The peer in the middle; of two in the middle the better one."""
+        ranked = sorted(self.ran, key=lambda name: _drop(self.ran[name]))
+        return ranked[(len(ranked) - 1) // 2] if ranked else None
 
-    def against_best(self, effort: str) -> Interval | None:
-        """What ours loses against the best peer; below 0: it is ahead, 0 inside: a tie."""
-        best, own = self.best_peer, self.ours.get(effort, Entry())
-        if best is None or own.scores is None:
-            return None
-        other = self.ran[best].scores
-        assert other is not None
-        return loss(other, own.scores, text=self.text)
+    def against(self, peer: str | None, effort: str) -> Interval | None:
+        """What ours loses against a peer, paired; below 0: it is ahead, 0 inside: a tie. None: one didn't run."""
+        own = self.ours.get(effort, Entry()).scores
+        other = None if peer is None else self.peers[peer].scores
+        return None if own is None or other is None else loss(other, own, text=self.text)
 
-    def beats_best(self, effort: str) -> bool | None:
-        """Ahead of the best peer, or tied with it."""
-        found = self.against_best(effort)
-        return None if found is None else found.drop <= 0 or found.low <= 0
+
+def at_or_above(gap: Interval) -> bool:
+    """Ahead of the other, or tied with it."""
+    return gap.low <= 0
 
 
 def pooled(
@@ -95,7 +92,12 @@ def pooled(
 ) -> Entry:
     """One entry of several seeds' scores: every sample of every seed is a pair. seconds: the median counts."""
     together = np.concatenate(others)
-    return Entry(loss(np.concatenate(references), together, text=text), median(seconds), together)
+    return Entry(
+        loss(np.concatenate(references), together, text=text),
+        tuple(loss(*pair, text=text) for pair in zip(references, others, strict=True)),
+        median(seconds),
+        together,
+    )
 
 
 def _drop(entry: Entry) -> float:

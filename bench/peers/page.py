@@ -9,22 +9,32 @@ from bitport.numerics.intervals import Interval
 from bitport.targets._base import host
 
 from .cells import TESTED, TESTED_TEXTS, TITLES, Cell
-from .judge import Entry, Standing
+from .judge import Entry, Standing, at_or_above
 
 HEADING = CONTEST
 EFFORTS = ("plain", "fast", "balanced", "best")
+RIVALS = (("balanced", "median"), ("best", "best"))  # which effort is held against which peer
 Standings = Mapping[tuple[str, Cell], Standing]
 
 
-def section(found: Standings, versions: Mapping[str, Mapping[str, str]], seeds: Sequence[int]) -> str:
-    """Markdown: how it was measured, the table, who is ahead, what each peer did, what failed."""
+def section(
+    found: Standings,
+    versions: Mapping[str, Mapping[str, str]],
+    seeds: Sequence[int],
+    troubles: Mapping[str, str],
+) -> str:
+    """Markdown: how it was measured, the table, who is ahead, what each peer did, what failed.
+
+    troubles: what failed of making a tool's environment.
+    """
     peers = sorted({name for standing in found.values() for name in standing.peers})
     parts = [
         _intro(seeds),
         _table(found),
         _counts(found),
+        *([_seeds(found, seeds)] if len(seeds) > 1 else []),
         _peers(found, peers),
-        _failures(found, versions, peers),
+        _failures(found, versions, peers, troubles),
     ]
     return "\n".join(parts)
 
@@ -37,26 +47,31 @@ environment of its own (`bench/peers/`). {host()["cpu"]}, one thread each. Loss 
 interval over all seeds: in points of accuracy on {TESTED:,} generated images a seed, or in percent of the bits a byte
 on {TESTED_TEXTS} stretches of text. Seconds are the median of quantizing alone. bitport's outputs are those of ONNX
 Runtime, all tensors between layers in 8 bits; peers' mostly those of their own simulation, additions and gates in
-float. *Against the best*: what `best` loses against the best peer; below 0 it is ahead, an interval with 0 is a tie.
+float. *Against the median*: what `balanced` loses against the peer in the middle (of two, the better one); *against the
+best*: what `best` loses against the best peer. Paired on the same samples; below 0 it is ahead, an interval with 0 is a
+tie. Every sample of every seed counts as one pair.
 """
 
 
 def _table(found: Standings) -> str:
     lines = [
-        f"| network | cell | {' | '.join(EFFORTS)} | median peer | best peer | against the best |",
-        f"|---|---|{'---|' * len(EFFORTS)}---|---|---|",
+        f"| network | cell | {' | '.join(EFFORTS)} | median peer | against the median | best peer | against the best |",
+        f"|---|---|{'---|' * len(EFFORTS)}---|---|---|---|",
     ]
     for (network, cell), standing in found.items():
         own = [_entry(standing.ours.get(effort, Entry())) for effort in EFFORTS]
-        middle, best, gap = standing.median_loss, standing.best_peer, standing.against_best("best")
+        middle, best = standing.median_loss, standing.best_peer
+        gaps = [_gap(standing, effort, place) for effort, place in RIVALS]
+        verdicts = ["–" if gap is None else _verdict(gap) for gap in gaps]
         row = [
-            TITLES[network] if network != "mobile-twin" else "its rescaled twin (depthwise)",
+            TITLES[network],
             cell.name,
             *own,
+            "–" if middle is None else f"{middle:.2f}",
+            verdicts[0],
+            "none ran" if best is None else f"{best}: {_entry(standing.ran[best])}",
+            verdicts[1],
         ]
-        row.append("–" if middle is None else f"{middle:.2f}")
-        row.append("none ran" if best is None else f"{best}: {_entry(standing.ran[best])}")
-        row.append("–" if gap is None else _verdict(gap))
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
@@ -64,14 +79,29 @@ def _table(found: Standings) -> str:
 def _counts(found: Standings) -> str:
     """How often we are ahead, by the words of the goal."""
     said = []
-    for effort, what in (("balanced", "the median peer"), ("best", "the best peer")):
-        verdicts = [
-            standing.beats_median(effort) if effort == "balanced" else standing.beats_best(effort)
-            for standing in found.values()
-        ]
-        judged = [verdict for verdict in verdicts if verdict is not None]
-        said.append(f"- `{effort}` at or above {what}, or tied, in {sum(judged)} of {len(judged)} cells")
+    for effort, place in RIVALS:
+        gaps = {key: _gap(standing, effort, place) for key, standing in found.items()}
+        judged = {key: at_or_above(gap) for key, gap in gaps.items() if gap is not None}
+        behind = [f"{TITLES[network]} {cell.name}" for (network, cell), held in judged.items() if not held]
+        told = f" (behind: {'; '.join(behind)})" if behind else ""
+        counted = f"{sum(judged.values())} of {len(judged)} cells"
+        said.append(f"- `{effort}` above the {place} peer, or tied with it, in {counted}{told}")
     return "\n".join(said) + "\n"
+
+
+def _gap(standing: Standing, effort: str, place: str) -> Interval | None:
+    return standing.against(standing.median_peer if place == "median" else standing.best_peer, effort)
+
+
+def _seeds(found: Standings, seeds: Sequence[int]) -> str:
+    lines = ["| network | cell | balanced | best | best peer |", "|---|---|---|---|---|"]
+    for (network, cell), standing in found.items():
+        best = standing.best_peer
+        shown = [standing.ours.get(effort, Entry()) for effort, _ in RIVALS]
+        shown.append(Entry() if best is None else standing.ran[best])
+        losses = [" · ".join(_loss(each) for each in entry.by_seed) or "–" for entry in shown]
+        lines.append("| " + " | ".join([TITLES[network], cell.name, *losses]) + " |")
+    return f"Seed by seed ({', '.join(map(str, seeds))}):\n\n" + "\n".join(lines) + "\n"
 
 
 def _peers(found: Standings, peers: Sequence[str]) -> str:
@@ -82,16 +112,29 @@ def _peers(found: Standings, peers: Sequence[str]) -> str:
     return "What each peer loses:\n\n" + "\n".join(lines) + "\n"
 
 
-def _failures(found: Standings, versions: Mapping[str, Mapping[str, str]], peers: Sequence[str]) -> str:
+def _failures(
+    found: Standings,
+    versions: Mapping[str, Mapping[str, str]],
+    peers: Sequence[str],
+    troubles: Mapping[str, str],
+) -> str:
     lines = ["Versions, methods, and what a tool could not do:", ""]
+    for name in sorted({*versions} - {*peers}):
+        lines.append(f"- **{name}** ({_told(versions[name])})")
     for name in peers:
-        told = ", ".join(f"{package} {number}" for package, number in versions.get(name, {}).items())
+        told = _told(versions.get(name, {}))
         entries = [standing.peers[name] for standing in found.values() if name in standing.peers]
         methods = "; ".join(dict.fromkeys(entry.method for entry in entries if entry.method))
         reasons = dict.fromkeys(_short(entry.reason) for entry in entries if entry.reason)
+        if name in troubles:
+            reasons[_short(f"environment: {troubles[name]}")] = None
         line = f"- **{name}** ({told or 'did not run'}): {methods or 'nothing ran'}"
         lines.append(line + (f". {'; '.join(reasons)}" if reasons else ""))
     return "\n".join(lines) + "\n"
+
+
+def _told(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{package} {number}" for package, number in versions.items())
 
 
 def _short(reason: str) -> str:
@@ -104,7 +147,11 @@ def _short(reason: str) -> str:
 def _entry(entry: Entry) -> str:
     if entry.loss is None:
         return entry.reason.partition(":")[0] or "–"
-    return f"{entry.loss.drop:.2f} ({entry.loss.low:.2f} … {entry.loss.high:.2f}), {entry.seconds:.1f} s"
+    return f"{_loss(entry.loss)}, {entry.seconds:.1f} s"
+
+
+def _loss(found: Interval) -> str:
+    return f"{found.drop:.2f} ({found.low:.2f} … {found.high:.2f})"
 
 
 def _verdict(gap: Interval) -> str:
