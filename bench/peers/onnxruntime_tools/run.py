@@ -66,8 +66,16 @@ class Reader(CalibrationDataReader):
         return None if batch is None else {"x": batch.numpy()}
 
 
+def products(source: Path) -> list[str]:
+    """The MatMuls without weights, those of attention."""
+    graph = onnx.load(source).graph
+    weights = {each.name for each in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and weights.isdisjoint(node.input)]
+
+
 def static(cell: Mapping[str, Any], data: list[Tensor], source: Path) -> dict[str, Way]:
     """MinMax with every operator quantized (the default); percentiles with the layers' inputs alone."""
+    attention = products(source)
 
     def way(method: CalibrationMethod, ops: list[str] | None, **extra: Any) -> Way:
         def write(path: Path) -> None:
@@ -76,6 +84,7 @@ def static(cell: Mapping[str, Any], data: list[Tensor], source: Path) -> dict[st
                 path,
                 Reader(data),
                 op_types_to_quantize=ops,
+                nodes_to_exclude=None if ops is None else attention,
                 per_channel=not cell["per_tensor"],
                 activation_type=ACTIVATIONS[cell["activations"]],
                 weight_type=WEIGHTS[cell["weights"]],
