@@ -401,7 +401,7 @@ def test_ctrl_c_ends_with_75_and_leaves_the_artifact(command: Callable[..., Resu
     before = small.content(tmp_path / "out")
     done = command(data="bad_input_net:interrupted")
     assert done.exit_code == 75, done.output
-    said = "interrupted behind step 3 of 5 (calibrate): run the same command again to go on from there"
+    said = "interrupted behind step 3 of 6 (calibrate): run the same command again to go on from there"
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert small.content(tmp_path / "out") == before

@@ -219,7 +219,7 @@ MUTATIONS = (
     Mutation(
         "scales that don't help are left out",
         "steps/equalize.py",
-        "    if not after < before:\n",
+        "    if not after < before and before < WORTHLESS:\n",
         "    if False:\n",
         "tests/steps/test_equalize.py::test_a_candidate_that_errs_more_leaves_nothing_behind",
     ),

@@ -160,7 +160,8 @@ def test_a_clipped_outlier_is_counted_and_its_mass_fails_the_gate(tmp_path: Path
     weights = {"range": {"use": "percentile", "q": 98}}
     recipe = bitport.Recipe(steps=(bitport.recipe.StepSpec("quantize", {"weights": weights}),))
     with pytest.raises(GateFailed, match="no worse than plain rounding") as caught:
-        run(outlier(1e4), tmp_path / "out", recipe=recipe)
+        # with more effort the range would be held against min-max, and give way
+        run(outlier(1e4), tmp_path / "out", recipe=recipe, effort="plain")
     scale = Artifact.load(caught.value.path).plan.ties["body.weight"].parameters()[0]
     assert float(scale[1]) < 1
     (body,) = [n for n in caught.value.measurements["notes"] if "'body.weight'" in n and "clipped" in n]

@@ -83,9 +83,15 @@ def test_every_integer_still_comes_out_on_the_runtime(without_gptq: None) -> Non
     learned = Learned(network(), list(x.split(16)), "onnxruntime", weights=NARROW)
     assert learned.told["block reconstruction"]["outcome"] == "kept"
     assert_exact(ship(learned.found, x[:16]))
+    learnt = 0
     for name, value in learned.found.work.gm.named_parameters():
-        if name.endswith("weight"):
+        # a block that came out no nearer has its weights as they were
+        if name.endswith("weight") and not torch.equal(
+            learned.graph.tensor(name), learned.plain.reference.tensor(name)
+        ):
             assert torch.equal(value, learned.graph.tensor(name)), name
+            learnt += 1
+    assert learnt
 
 
 def test_the_better_of_it_and_gptq_is_kept() -> None:
