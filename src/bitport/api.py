@@ -32,7 +32,6 @@ from .proof.measure import Subject, measure
 from .proof.task import rehearse_on
 from .recipe import Recipe
 from .records import Measurement
-from .rules import Ruleset
 from .simulate import Simulator
 from .steps import _base as steps
 from .targets._base import Target
@@ -188,7 +187,7 @@ def compress(
             work, plan = state.graph, state.plan
             ending.enter_context(keeping(checkpoint, state, explicit))
             artifacts.write(workspace.path, work, graph, plan, explicit, runtime)
-        reference = _reference(graph, work, runtime.rules())
+        reference = context.reference_like(work)
         artifacts.write_statistics(workspace.path, reference, plan, calibration)
         facts = {"recipe": explicit.name, "seed": seed, **({"origin": graph.origin} if graph.origin else {})}
         subject = Subject(workspace.path, reference, work, plan, runtime, facts)
@@ -390,15 +389,6 @@ def _changes_before_rounding(recipe: Recipe) -> str | None:
     uses = [step.use for step in recipe.steps]
     before = uses[: uses.index("quantize")] if "quantize" in uses else []
     return next((use for use in before if use not in SAME_FUNCTION), None)
-
-
-def _reference(graph: Graph, work: Graph, rules: Ruleset) -> Graph:
-    """The float network in the form of the compressed one: folded alike, its own weights."""
-    if work.stage == graph.stage:
-        return graph
-    reference = graph.clone()
-    registry.get("steps", "fold").fold(reference, rules)
-    return reference
 
 
 def _metric(metric: str | Metric | None, labels: Any, graph: Graph) -> Metric:

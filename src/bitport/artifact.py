@@ -14,7 +14,6 @@ manifest.json         SHA-256 of every file, versions, seed, digests, inputs and
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,14 +23,13 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, fx
 
 from . import records, registry, store
+from . import tensors as tensor_files
 from .data import Batch, Source, read_arrays
 from .data.batch import check_inputs, to_flat
-from .errors import ArtifactError, DataError, GraphError, first_line
+from .errors import ArtifactError, DataError, GraphError
 from .graph import Graph
 from .graph.archive import load_pt2, save_pt2
 from .graph.graph import InputSpec
@@ -50,7 +48,6 @@ from .targets._base import Session, Target
 
 GRAPH, PLAN, RECIPE, SAMPLE = "graph.pt2", "plan.json", "recipe.toml", "sample.npz"
 WEIGHTS, STATISTICS = "weights.safetensors", "statistics.safetensors"
-NOTES = "notes"  # the entry of a .safetensors file's header that says what its tensors are
 STATISTIC_SAMPLES = 256
 MEASUREMENTS, REPORT = "measurements.json", "report.html"
 MANIFEST = store.MANIFEST
@@ -115,7 +112,7 @@ class Artifact:
         path = self.path / WEIGHTS
         if not path.exists():
             return {}
-        tensors, notes = _read_tensors(path)
+        tensors, notes = tensor_files.read(path)
         return {key: unpacked_weight(tensors, notes, key) for key in notes if key != "schema"}
 
     @cached_property
@@ -186,7 +183,7 @@ def write(folder: Path, graph: Graph, original: Graph, plan: Plan, recipe: Recip
     widths = target.rules().widths
     if any(tie.source == "weight" and tie.format.bits not in widths for tie in plan.ties.values()):
         tensors, notes = packed_weights(graph, plan)
-        _write_tensors(folder / WEIGHTS, tensors, notes)
+        tensor_files.write(folder / WEIGHTS, tensors, notes)
     (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
 
 
@@ -217,12 +214,12 @@ def write_statistics(folder: Path, reference: Graph, plan: Plan, calibration: So
     tensors: dict[str, Tensor] = {}
     for name, moments in found.items():
         tensors[f"{name}.mean"], tensors[f"{name}.deviation"] = moments.moments()
-    _write_tensors(folder / STATISTICS, tensors, {"schema": SCHEMA})
+    tensor_files.write(folder / STATISTICS, tensors, {"schema": SCHEMA})
 
 
 def read_statistics(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """(mean, deviation) by layer, float32 [C]. Raises ArtifactError where they are missing or malformed."""
-    tensors, _ = _read_tensors(folder / STATISTICS)
+    tensors, _ = tensor_files.read(folder / STATISTICS)
     names = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for name in names:
@@ -257,25 +254,6 @@ def few_samples(source: Source) -> Iterator[tuple[Tensor, ...]]:
         seen += len(inputs[0]) if inputs and inputs[0].dim() else 1
         if seen >= STATISTIC_SAMPLES:
             return
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    # one entry: the order of several in the file's header would be another one each time
-    path.write_bytes(save(dict(tensors), {NOTES: json.dumps(dict(notes))}))
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, notes) of a .safetensors file. Raises ArtifactError."""
-    try:
-        with safe_open(path, "pt") as file:
-            notes = json.loads((file.metadata() or {}).get(NOTES, "{}"))
-            if not isinstance(notes, dict):
-                raise ValueError("its notes are no table")
-            return {key: file.get_tensor(key) for key in file.keys()}, notes  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"{path.name} can't be read ({first_line(error)}): make the artifact again"
-        ) from error
 
 
 def write_sample(folder: Path, graph: Graph, inputs: tuple[Tensor, ...], session: Session) -> None:

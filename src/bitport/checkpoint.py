@@ -19,15 +19,14 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from . import interrupt, records, store
+from . import tensors as tensor_files
 from .data import Source
 from .errors import ArtifactError, BitportError, Interrupted
 from .graph import Graph
@@ -79,8 +78,8 @@ def run_steps(
         for index, spec in enumerate(recipe.steps[state.done :], state.done):
             started = time.perf_counter()
             torch.manual_seed(context.seed + index)  # what a step draws doesn't depend on those before it
-            before = state
-            finished = checkpoint.finished(index, lambda: _stopped(checkpoint, before, recipe))  # noqa: B023
+            # what stops inside the step is kept as it was in front of it, beside the layers that are finished
+            finished = checkpoint.finished(index, partial(_stopped, checkpoint, state, recipe))
             context.memo = finished
             with context.progress.task(spec.use):
                 work, plan = steps.make(spec.use, spec.options)(work, plan, context)
@@ -284,12 +283,10 @@ class Finished:
         if path.is_symlink() or not path.is_file():
             return None
         try:
-            with safe_open(path, "pt") as opened:
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-                known = (opened.metadata() or {}).get("digest")
-        except (OSError, SafetensorError, ValueError, RuntimeError):
+            tensors, notes = tensor_files.read(path)
+        except ArtifactError:
             return None
-        return tensors if known == _digest(tensors) else None
+        return tensors if notes.get("digest") == _digest(tensors) else None
 
     def keep(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep tensors under a key. Raises Interrupted where somebody asked the run to stop."""
@@ -302,7 +299,7 @@ class Finished:
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             waiting = self._file(key).with_suffix(".new")
-            waiting.write_bytes(save(tensors, {"digest": _digest(tensors)}))
+            tensor_files.write(waiting, tensors, {"digest": _digest(tensors)})
             os.replace(waiting, self._file(key))
 
     def discard(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.flow import Net, context, conv, images, prepare
+from tests.flow import Net, Prepared, context, conv, images, prepare
 from torch import Tensor, nn
 
 from bitport.errors import GraphError
@@ -14,6 +14,7 @@ from bitport.graph import Graph
 from bitport.plan import Plan
 from bitport.steps._base import Context, make
 from bitport.steps._judge import output_error
+from bitport.steps.quantize import fit_weights
 
 
 def chosen(
@@ -91,3 +92,24 @@ def test_a_range_given_in_numbers_stays() -> None:
     asked, found, told, _ = chosen(chain(), images(64), {"format": "int8", "range": "mse"}, given)
     assert found.measured() == asked.measured()
     assert [row["what"] for row in told.tried] == ["min-max for weights"]
+
+
+def test_what_was_told_of_ranges_that_are_gone_is_taken_back() -> None:
+    net = chain()
+    with torch.no_grad():
+        net.a.weight[0, 0, 0, 0] = 50.0
+    clipping = {"format": "int8", "range": {"use": "percentile", "q": 90.0}}
+    x = images(64)
+    prepared = prepare(net, list(x.split(16)), "null", weights=clipping)
+    settings = context(prepared.graph, prepared.target, list(x.split(16)))
+    settings.notes += ["an older note", *told_of_weights(prepared)]
+    assert any("are clipped" in note for note in settings.notes)
+    _, plan = make("choose_ranges", {})(prepared.reference.clone(), prepared.plan, settings)
+    assert plan.ties["a.weight"].range == "minmax"
+    assert "an older note" in settings.notes and not any("are clipped" in note for note in settings.notes)
+
+
+def told_of_weights(prepared: Prepared) -> list[str]:
+    settings = context(prepared.graph, prepared.target, [images(16)])
+    fit_weights(prepared.reference, prepared.plan, settings)
+    return settings.notes

@@ -88,19 +88,22 @@ class Context:
         """Keep the float network as `fold` leaves it; the tensors are shared until a step replaces its own."""
         self._folded = graph.clone(sharing=True)
 
+    def reference_like(self, graph: Graph) -> Graph:
+        """The float network in the form of `graph`: folded where that is, its own weights."""
+        if graph.stage == self.reference.stage:
+            return self.reference
+        if self._folded is None:
+            self._folded = self.reference.clone(sharing=True)
+            registry.get("steps", "fold").fold(self._folded, self.rules)
+        return self._folded
+
     def original(self, graph: Graph, plan: Plan) -> Graph:
         """The float network that `graph` under `plan` stands for, operator by operator, with its own weights.
 
         Steps that choose weights change them in the graph: what they leave is no float network to compare with. Where
         a step gave the network other operators there is no such network, and `graph` itself is returned.
         """
-        base = self.reference
-        if graph.stage == "folded" and base.stage != "folded":
-            if self._folded is None:
-                base = base.clone(sharing=True)
-                registry.get("steps", "fold").fold(base, self.rules)
-                self._folded = base
-            base = self._folded
+        base = self.reference_like(graph)
         return counterpart(base, plan) if _layout(base) == _layout(graph) else graph
 
     def float_pass(self, graph: Graph) -> Callable[[Sequence[Tensor], OnValue], tuple[Tensor, ...]]:

@@ -19,6 +19,7 @@ from ..numerics.scales import stored
 from ..plan import Plan, TensorPlan
 from ..plan.constants import settle
 from ._base import Context
+from .quantize import fit_weights
 
 RAISED = "larger scales of weights"
 MANY_BAD = 0.01  # beyond this share of non-finite values the data, not a stray sample, is at fault
@@ -185,3 +186,15 @@ def _largest_sum(graph: Graph, x: TensorPlan, weight: TensorPlan, scales: int) -
     channels = graph.tensor(weight.members[0]).shape[0] if scales == 1 else scales
     terms = values // max(1, channels)
     return terms * (x.format.high - x.format.low) * max(-weight.format.low, weight.format.high)
+
+
+def supersede(graph: Graph, plan: Plan, context: Context, fresh: Context) -> None:
+    """What was told of a plan's ranges goes with them; what `fresh` was told of those in their place comes instead."""
+    old = replace(context, notes=[], tried=[])
+    fit_weights(graph, plan, old)
+    gone = {*old.notes, *map(raised_note, plan.ties)}
+    context.notes[:] = [note for note in context.notes if note not in gone]
+    context.notes += [note for note in fresh.notes if note not in context.notes]
+    again = {RAISED, *(row["what"] for row in fresh.tried)}
+    context.tried[:] = [row for row in context.tried if row["what"] not in again]
+    context.tried += fresh.tried

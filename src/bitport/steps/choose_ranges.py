@@ -11,7 +11,7 @@ from ..plan import Plan
 from ..plan.constants import settle
 from ._base import Context
 from ._judge import output_error, parted, samples_in
-from .calibrate import measure_ranges, room_for_biases
+from .calibrate import measure_ranges, room_for_biases, supersede
 from .quantize import fit_weights
 
 PLAIN = "minmax"
@@ -66,6 +66,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         found_out = f"error of the simulated outputs {best:.3g} as asked, {after:.3g} with it"
         _tell(context, what, outcome, f"{found_out}, on {samples_in(held)} samples held back")
         if after < best:
+            supersede(graph, plan, context, scratch)
             best, plan = after, found
     return graph, plan
 
@@ -91,4 +92,4 @@ def _with(
     changed = plan.with_ties({name: replace(plan.ties[name], range=estimator) for name in names})
     if source == "measured":
         return measure_ranges(graph, changed, context, batches)
-    return settle(room_for_biases(graph, settle(fit_weights(graph, changed, context)), None))
+    return settle(room_for_biases(graph, settle(fit_weights(graph, changed, context)), context))

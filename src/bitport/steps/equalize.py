@@ -18,7 +18,7 @@ from ..numerics.error import ErrorStats
 from ..plan import Plan
 from ._base import Context
 from ._judge import Inputs, output_error, parted
-from .calibrate import RAISED, measure_ranges, raised_note
+from .calibrate import measure_ranges, supersede
 from .quantize import fit_weights
 
 SPREAD = 4.0  # scales of ordinary layers stay within it of their median: nothing to gain there
@@ -241,7 +241,7 @@ def _kept(
     if not after < before and before < WORTHLESS:
         _tell(context, what, "left out", found)
         return graph, plan
-    _supersede(graph, plan, context, scratch)
+    supersede(graph, plan, context, scratch)
     _tell(context, what, "kept", found)
     if after < before:
         context.notes.append(f"{what} lowered the output error from {before:.3g} to {after:.3g}")
@@ -260,17 +260,6 @@ def _change(graph: Graph, moved: Graph, inputs: Sequence[Tensor]) -> float:
             if real.is_floating_point():
                 stats.update(real, found)
     return 0.0 if stats.noise == 0 else (stats.noise / stats.signal) ** 0.5 if stats.signal else float("inf")
-
-
-def _supersede(graph: Graph, plan: Plan, context: Context, fresh: Context) -> None:
-    """What was told of the ranges that are gone goes; what was found of the new ones comes instead."""
-    old = replace(context, notes=[], tried=[])
-    fit_weights(graph, plan, old)
-    gone = {*old.notes, *map(raised_note, plan.ties)}
-    context.notes[:] = [note for note in context.notes if note not in gone]
-    context.notes += [note for note in fresh.notes if note not in context.notes]
-    context.tried[:] = [row for row in context.tried if row["what"] != RAISED]
-    context.tried += [row for row in fresh.tried if row not in context.tried]
 
 
 # ------------------------------------------------------------------------------------------------ words
