@@ -131,6 +131,33 @@ def prepare(
     return Prepared(graph, reference, work, plan, runtime)
 
 
+class Stepped:
+    """A network with plain rounding, and with one step behind it.
+
+    Attributes: plain, rounded; graph and plan, what the step made; found, with the weights on their grid; context;
+    tried, all that was told.
+    """
+
+    def __init__(
+        self,
+        step: str,
+        net: nn.Module,
+        batches: Sequence[Any],
+        target: str,
+        options: Mapping[str, Any],
+        **settings: Any,
+    ) -> None:
+        self.plain = prepare(net, batches, target, **settings)
+        runtime = self.plain.target
+        self.context = context(self.plain.graph, runtime, batches)
+        start = self.plain.reference.clone()
+        self.graph, self.plan = make(step, options)(start, self.plain.plan, self.context)
+        work = self.graph.clone()
+        on_grid(work, self.plan)
+        self.found = Prepared(self.plain.graph, self.graph, work, self.plan, runtime)
+        self.tried = self.context.tried
+
+
 @dataclass
 class Shipped:
     """What came of a prepared network on its runtime."""

@@ -115,6 +115,8 @@ def environment(name: str, folder: Path) -> tuple[Path | None, str]:
 def sources(name: str) -> str:
     """A digest of what an entrant's results depend on."""
     files = [HERE / "common.py", ROOT / "bench" / "subjects.py", *sorted((HERE / name).glob("*"))]
+    if "import choice" in (HERE / name / "run.py").read_text():
+        files.append(HERE / "choice.py")
     if name == OWN:
         files += sorted((ROOT / "src").rglob("*.py"))
     found = hashlib.sha256()

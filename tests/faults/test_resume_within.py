@@ -83,9 +83,10 @@ def content(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in small.content(folder).items() if name in SAME or "model" in name}
 
 
+@pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_it_goes_on_behind_the_last_finished_layer_to_the_same_bytes(
-    method: str, tmp_path: Path, work: list[str]
+    method: str, killed: bool, tmp_path: Path, work: list[str]
 ) -> None:
     whole = content(small.compressed(tmp_path / "whole", "null", recipe=recipe(method)).path)
     everything = len(work)
@@ -95,6 +96,10 @@ def test_it_goes_on_behind_the_last_finished_layer_to_the_same_bytes(
         small.compressed(out, "null", recipe=recipe(method), progress=Stopper(TASKS[method], 1))
     first = len(work)
     assert 0 < first < everything and list(place.glob("layers-*/*.safetensors"))
+    if killed:  # nobody asked: no step in front of it was kept either
+        for generation in place.iterdir():
+            if generation.name.isdigit():
+                shutil.rmtree(generation)
     work.clear()
     again = small.compressed(out, "null", recipe=recipe(method))
     assert content(again.path) == whole

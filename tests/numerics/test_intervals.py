@@ -13,6 +13,7 @@ from scipy import stats
 from bitport.errors import MetricError
 from bitport.numerics.intervals import (
     Interval,
+    beyond_extremes,
     bootstrap_dataset,
     paired_binary,
     paired_mean,
@@ -362,3 +363,12 @@ def test_bad_latencies_are_refused(a: list[float], b: list[float], message: str)
 def test_rule_of_three_shrinks_with_n() -> None:
     bounds = [paired_binary([1] * n, [1] * n).high for n in (1, 2, 5, 20, 100, 10_000)]
     assert all(a > b > 0 for a, b in pairwise(bounds))
+
+
+@pytest.mark.parametrize("n", [1, 4, 15])
+def test_new_samples_lie_beyond_the_extremes_as_often_as_is_told(n: int) -> None:
+    drawn = np.random.default_rng(0).normal(size=(40_000, n + 1))
+    known, new = drawn[:, :-1], drawn[:, -1]
+    share = float(((new > known.max(1)) | (new < known.min(1))).mean())
+    assert share == pytest.approx(beyond_extremes(n), abs=0.01)
+    assert beyond_extremes(0) == 1.0

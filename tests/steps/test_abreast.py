@@ -17,9 +17,11 @@ def test_fewer_batches_go_through_where_activations_are_large(monkeypatch: pytes
     prepared = prepare(net, [batch[0] for batch in batches], "null")
     largest = 2 * 8 * 8 * 8 * 4  # bytes of what `a` makes
     assert affordable(prepared.reference, batches) == batches
-    found = affordable(prepared.reference, batches, 5 * ALIVE * largest)
+    monkeypatch.setattr(_abreast, "MOST", 5 * ALIVE * largest)
+    found = affordable(prepared.reference, batches)
     assert [int(batch[0].max()) for batch in found] == [0, 2, 4, 6, 8]
-    assert len(affordable(prepared.reference, batches, 1)) == 1
+    monkeypatch.setattr(_abreast, "MOST", 1)
+    assert len(affordable(prepared.reference, batches)) == 1
     monkeypatch.setattr(_abreast, "MOST", 3 * ALIVE * largest)
     real = prepared.reference
     assert len(Abreast(real, real, prepared.plan, make_target("null").arithmetic(), batches).runs) == 3

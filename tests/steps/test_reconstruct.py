@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.flow import Prepared, assert_exact, context, conv, images, prepare, ship
+from tests.flow import Stepped, assert_exact, context, conv, images, prepare, ship
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitport.artifact import make_target
 from bitport.errors import RecipeError
 from bitport.graph import Graph
 from bitport.plan import Plan
-from bitport.plan.constants import on_grid
 from bitport.recipe import Recipe, StepSpec
 from bitport.steps import gptq, reconstruct
 from bitport.steps._base import make
@@ -41,7 +39,7 @@ def network() -> nn.Module:
     )
 
 
-class Learned:
+class Learned(Stepped):
     def __init__(
         self,
         net: nn.Module,
@@ -50,17 +48,8 @@ class Learned:
         options: Any = None,
         **settings: Any,
     ) -> None:
-        self.plain = prepare(net, batches, target, **settings)
-        runtime = make_target(target)
-        self.context = context(self.plain.graph, runtime, batches)
-        start = self.plain.reference.clone()
-        self.graph, self.plan = make("reconstruct", {**QUICK, **(options or {})})(
-            start, self.plain.plan, self.context
-        )
-        work = self.graph.clone()
-        on_grid(work, self.plan)
-        self.found = Prepared(self.plain.graph, self.graph, work, self.plan, runtime)
-        self.told = {row["what"]: row for row in self.context.tried}
+        super().__init__("reconstruct", net, batches, target, {**QUICK, **(options or {})}, **settings)
+        self.told = {row["what"]: row for row in self.tried}
 
 
 @pytest.fixture

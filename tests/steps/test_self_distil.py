@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.flow import Net, Prepared, assert_exact, context, images, prepare, ship
+from tests.flow import Net, Stepped, assert_exact, images, ship
 from tests.steps.test_reconstruct import network
 from torch import Tensor, nn
 
-from bitport.artifact import make_target
 from bitport.errors import RecipeError
-from bitport.plan.constants import on_grid
 from bitport.steps import self_distil
 from bitport.steps._base import make
 
@@ -21,7 +19,7 @@ NARROW = {"format": "int2", "granularity": "channel"}
 FLOAT = {"format": "float32"}
 
 
-class Distilled:
+class Distilled(Stepped):
     def __init__(
         self,
         net: nn.Module,
@@ -30,16 +28,8 @@ class Distilled:
         options: Any = None,
         **settings: Any,
     ) -> None:
-        self.plain = prepare(net, batches, target, **settings)
-        runtime = make_target(target)
-        self.context = context(self.plain.graph, runtime, batches)
-        self.graph, self.plan = make("self_distil", {**QUICK, **(options or {})})(
-            self.plain.reference.clone(), self.plain.plan, self.context
-        )
-        work = self.graph.clone()
-        on_grid(work, self.plan)
-        self.found = Prepared(self.plain.graph, self.graph, work, self.plan, runtime)
-        (self.told,) = [row for row in self.context.tried if row["what"] == self_distil.WHAT]
+        super().__init__("self_distil", net, batches, target, {**QUICK, **(options or {})}, **settings)
+        (self.told,) = [row for row in self.tried if row["what"] == self_distil.WHAT]
 
 
 @pytest.mark.parametrize(

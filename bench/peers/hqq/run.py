@@ -11,10 +11,9 @@ import time
 
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from bench.peers import common
+from bench.peers import choice, common
 
 AXES = (0, 1)
 
@@ -31,17 +30,6 @@ def quantized(model: nn.Module, bits: int, group: int, axis: int) -> nn.Module:
     return made
 
 
-def divergence(reference: Tensor, outputs: Tensor) -> float:
-    """Kullback-Leibler, nats a byte."""
-    logs = [part.flatten(0, -2).log_softmax(-1) for part in (outputs, reference)]
-    return float(F.kl_div(logs[0], logs[1], log_target=True, reduction="batchmean"))
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, batches: list[Tensor]) -> Tensor:
-    return torch.cat([model(batch) for batch in batches])
-
-
 def main() -> None:
     job = common.read_job()
     cell = job["cell"]
@@ -50,14 +38,14 @@ def main() -> None:
     model, data = common.network(job), common.calibration_batches(job)
     HQQLinear.set_backend(HQQBackend.PYTORCH)
     started = time.perf_counter()
-    reference = outputs(model, data)
+    reference = choice.outputs(model, data)
     tried = {}
     for axis in AXES:
         made = quantized(model, cell["weights"], cell["group"], axis)
-        tried[divergence(reference, outputs(made, data))] = (axis, made)
+        tried[choice.divergence(reference, choice.outputs(made, data))] = (axis, made)
     axis, best = tried[min(tried)]
     seconds = time.perf_counter() - started
-    found = outputs(best, common.test_batches(job))
+    found = choice.outputs(best, common.test_batches(job))
     common.write(job, found, seconds, f"HQQ, axis {axis}", "simulated", packages=("hqq",))
 
 

@@ -24,9 +24,8 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bench.peers import common
+from bench.peers import choice, common
 
 OPSET = 21  # the first with int4
 WEIGHTS = {8: QuantType.QInt8, 4: QuantType.QInt4}
@@ -49,12 +48,6 @@ def outputs(path: Path, batches: Iterable[Tensor]) -> Tensor:
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(path, options)
     return torch.from_numpy(np.concatenate([session.run(None, {"x": batch.numpy()})[0] for batch in batches]))
-
-
-def divergence(reference: Tensor, other: Tensor) -> float:
-    """Kullback-Leibler, nats an image or a byte."""
-    logs = [part.flatten(0, -2).log_softmax(-1) for part in (other, reference)]
-    return float(F.kl_div(logs[0], logs[1], log_target=True, reduction="batchmean"))
 
 
 class Reader(CalibrationDataReader):
@@ -149,7 +142,7 @@ def main() -> None:
         tried: dict[str, float] = {}
         for number, (method, write) in enumerate(ways.items()):
             write(place / f"{number}.onnx")
-            tried[method] = divergence(reference, outputs(place / f"{number}.onnx", data))
+            tried[method] = choice.divergence(reference, outputs(place / f"{number}.onnx", data))
         best = min(tried, key=tried.__getitem__)
         seconds = time.perf_counter() - started
         found = outputs(place / f"{list(ways).index(best)}.onnx", common.test_batches(job))

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
 from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -23,7 +22,7 @@ from torchao.quantization.pt2e.quantizer.utils import QuantizationConfig
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
-from bench.peers import common
+from bench.peers import choice, common
 
 EPSILON = 2**-12  # the default configuration's smallest scale
 WEIGHTS = {8: torch.int8, 4: torch.int4, 3: torch.int3, 2: torch.int2}
@@ -99,17 +98,6 @@ def weight_only(cell: Mapping[str, Any], model: nn.Module) -> dict[str, Way]:
     }
 
 
-def divergence(reference: Tensor, other: Tensor) -> float:
-    """Kullback-Leibler, nats an image or a byte."""
-    logs = [part.flatten(0, -2).log_softmax(-1) for part in (other, reference)]
-    return float(F.kl_div(logs[0], logs[1], log_target=True, reduction="batchmean"))
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, batches: list[Tensor]) -> Tensor:
-    return torch.cat([model(batch) for batch in batches])
-
-
 def main() -> None:
     job = common.read_job()
     cell, model, data = job["cell"], common.network(job), common.calibration_batches(job)
@@ -117,14 +105,14 @@ def main() -> None:
         common.unsupported("it offers static quantization with 8 and 4 bits, not with 2")
     ways = weight_only(cell, model) if cell["group"] else static(cell, model, data)
     started = time.perf_counter()
-    reference = outputs(model, data)
+    reference = choice.outputs(model, data)
     tried: dict[str, tuple[float, nn.Module]] = {}
     for method, make in ways.items():
         made = make()
-        tried[method] = (divergence(reference, outputs(made, data)), made)
+        tried[method] = (choice.divergence(reference, choice.outputs(made, data)), made)
     best = min(tried, key=lambda method: tried[method][0])
     seconds = time.perf_counter() - started
-    found = outputs(tried[best][1], common.test_batches(job))
+    found = choice.outputs(tried[best][1], common.test_batches(job))
     note = ", ".join(f"{method}: {value:.5f} nats" for method, (value, _) in tried.items())
     common.write(job, found, seconds, best, "simulated", note, ("torchao",))
 

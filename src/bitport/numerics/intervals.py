@@ -211,6 +211,15 @@ def ratio_of_medians(
 # ---------------------------------------------------------------- formulas
 
 
+def beyond_extremes(n: int) -> float:
+    """The share of new samples that lie beyond the extremes of n independent ones, at either end: 2 / (n + 1).
+
+    The next sample is as likely as each of the others to be the largest, or the smallest (Wilks 1941, Determination of
+    sample sizes for setting tolerance limits). 1 for fewer than two.
+    """
+    return min(1.0, 2 / (max(0, n) + 1))
+
+
 def _rule_of_three(n: int) -> float:
     """The share that n samples without a single hit rule out at 95 %."""
     return float(-math.expm1(math.log(_ALPHA) / n))

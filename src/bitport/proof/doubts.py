@@ -13,6 +13,7 @@ from .. import wording
 from ..data import Source
 from ..graph import Graph
 from ..metrics import Metric
+from ..numerics.intervals import beyond_extremes
 
 FEW_SAMPLES = 16  # fewer distinct ones hardly show a network's ranges
 ENOUGH_TO_TELL = 20  # samples, before accuracy is compared with guessing
@@ -33,8 +34,7 @@ def of_data(calibration: Source, judged: Source, has_evaluation: bool) -> list[s
     if calibration.dropped:
         notes.append(f"{calibration.dropped} calibration batches held NaN and were left out")
     if (distinct := calibration.distinct()) < FEW_SAMPLES:
-        # the next of n + 1 samples is as likely as any other to be the largest, or the smallest (Wilks 1941)
-        beyond = wording.percent(min(1.0, 2 / (distinct + 1)), 0)
+        beyond = wording.percent(beyond_extremes(distinct), 0)
         notes.append(
             f"the calibration data has only {distinct} distinct sample{'s' * (distinct != 1)}: in each tensor about "
             f"{beyond} of new samples go beyond its range and are clipped; give {FEW_SAMPLES} at least, better some "

@@ -56,7 +56,7 @@ class Abreast:
         self._simulator.change(plan)
 
 
-def affordable(graph: Graph, batches: Sequence[Inputs], most: int | None = None) -> list[Inputs]:
+def affordable(graph: Graph, batches: Sequence[Inputs]) -> list[Inputs]:
     """As many of the batches, evenly spread, as may be alive in two networks at once; one at least."""
     largest = 0
 
@@ -67,7 +67,7 @@ def affordable(graph: Graph, batches: Sequence[Inputs], most: int | None = None)
 
     with torch.no_grad():
         graph.run(*batches[0], on_value=look)
-    count = max(1, (MOST if most is None else most) // max(1, ALIVE * largest))
+    count = max(1, MOST // max(1, ALIVE * largest))
     return [batches[int(index)] for index in spread_evenly(len(batches), count)]
 
 
