@@ -190,7 +190,9 @@ def test_one_sided_values_keep_their_zero_end() -> None:
     assert low < 0
 
 
-@pytest.mark.parametrize("spec", ["minmax", "percentile", "mse", "moving_average", "mean_std", "entropy"])
+@pytest.mark.parametrize(
+    "spec", ["minmax", "percentile", "mse", "moving_average", "mean_std", "entropy", "hqq"]
+)
 @pytest.mark.parametrize(
     "values", [[], [0.0], [5.0], [-5.0], [1e-42, 0.0], [math.nan], [3e38, -3e38], [1e30, 1.0]]
 )
@@ -207,7 +209,7 @@ def test_specs() -> None:
     h = histogram(torch.randn(5000))
     assert estimate(h, INT8, {"use": "percentile", "q": 99.0}) == percentile(h, INT8, q=99.0)
     assert estimate(h, INT8, "percentile") == percentile(h, INT8, q=99.99)
-    names = {"minmax", "moving_average", "percentile", "mean_std", "mse", "entropy", "fixed"}
+    names = {"minmax", "moving_average", "percentile", "mean_std", "mse", "entropy", "hqq", "fixed"}
     assert set(known()) == names
     assert all(summary.endswith(".") for summary in known().values())
 
@@ -215,7 +217,7 @@ def test_specs() -> None:
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("gauss", UnknownName, "minmax, moving_average, mse, percentile"),
+        ("gauss", UnknownName, "hqq, mean_std, minmax, moving_average, mse, percentile"),
         ("percentil", UnknownName, "Did you mean 'percentile'"),
         ({"q": 99.9}, RecipeError, "names no estimator"),
         ({"use": "percentile", "p": 99.9}, RecipeError, "no option 'p': allowed are q"),
@@ -300,7 +302,7 @@ def test_mse_of_weights_agrees_with_the_histogram() -> None:
     assert float(exact) == pytest.approx(mse(histogram(w), fmt)[1], rel=0.05)
 
 
-@pytest.mark.parametrize("spec", ["minmax", "mse", "percentile", "moving_average", "entropy"])
+@pytest.mark.parametrize("spec", ["minmax", "mse", "percentile", "moving_average", "entropy", "hqq"])
 def test_degenerate_channels(spec: str) -> None:
     w = torch.zeros(6, 50)
     w[1] = 0.25

@@ -1,4 +1,4 @@
-"""Range estimators that look at ranks, moments and extremes; `search` and `entropy` hold those that try ranges out.
+"""Range estimators that look at ranks, moments and extremes; `search`, `entropy` and `hqq` hold those that try ranges.
 
 A new estimator is one function with `@estimator` on a `Histogram`; its keyword arguments are its options, the first
 line of its docstring is its summary. `@for_weights` adds an exact version for tensors, where the values are at hand.

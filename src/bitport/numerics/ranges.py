@@ -1,7 +1,7 @@
 """Range estimation: from the distribution of a tensor to the real range [minimum, maximum] that is stored.
 
-The estimators are functions in `estimators`, `search` and `entropy`; here they are looked up by the name that a
-recipe gives, and run on the histogram of an activation or on the values of a weight. docs/ranges.md says which to
+The estimators are functions in `estimators`, `search`, `entropy` and `hqq`; here they are looked up by the name that
+a recipe gives, and run on the histogram of an activation or on the values of a weight. docs/ranges.md says which to
 use when.
 
 Legend: C channels, K values per channel, G groups of a channel; R rows that get a range of their own, V values of
@@ -33,6 +33,7 @@ from bitport.numerics.estimators import (
     percentile,
 )
 from bitport.numerics.histogram import Histogram
+from bitport.numerics.hqq import hqq
 from bitport.numerics.rows import scale_shape
 from bitport.numerics.search import expected_error, mse, search, squared_errors
 
@@ -46,6 +47,7 @@ __all__ = [
     "estimate",
     "expected_error",
     "fixed",
+    "hqq",
     "known",
     "mean_std",
     "minmax",
