@@ -16,6 +16,7 @@ from bitport.graph import Graph
 from bitport.plan import Plan
 from bitport.recipe import Recipe, StepSpec
 from bitport.steps import gptq
+from bitport.steps._base import make
 from bitport.steps._judge import output_error, parted
 
 FLOAT = {"format": "float32"}
@@ -53,8 +54,8 @@ def deep() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
         conv(6, 12), nn.ReLU(), conv(12, 12, groups=12), nn.ReLU(), conv(12, 16, 1, bias=False), nn.ReLU(),
-        conv(16, 8, stride=2, groups=2), nn.ReLU(), conv(8, 8, dilation=2, padding=2), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(8, 5),
+        conv(16, 8, stride=2, groups=2), nn.ReLU(), conv(8, 8, dilation=2, padding=2), nn.Flatten(),
+        nn.Linear(128, 5),
     )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def test_outputs_are_nearer_on_data_it_has_not_seen(
     x = mixed(128)
     both = Both(deep(), list(x[:96].split(16)), target, weights=weights, activations=activations)
     assert "kept" in [row["outcome"] for row in both.told]
-    assert "6 layers" in both.told[-1]["reason"]
+    assert "6 layers" in both.told[0]["reason"]
     plain, solved = both.errors(x[96:])
     limit = 0.9 if activations else 0.8  # the noise of activations stays
     assert solved < limit * plain
@@ -140,7 +141,7 @@ def test_weights_that_are_wide_enough_are_left_to_plain_rounding() -> None:
     assert both.graph.digest() == both.plain.reference.digest()
     assert set(left_out(both).values()) == {"plain rounding keeps its weights to 40 dB"}
     every = Both(deep(), list(mixed().split(16)), weights={"format": "int8"}, options={"above": 1000})
-    assert "6 layers" in every.told[-1]["reason"]
+    assert "6 layers" in every.told[0]["reason"]
 
 
 def test_shared_weights_are_left_to_plain_rounding() -> None:
@@ -174,10 +175,17 @@ def test_a_result_that_is_worse_is_left_out(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(gptq, "output_error", error)
     both = Both(deep(), list(mixed().split(16)), weights=NARROW)
-    assert [row["outcome"] for row in both.told] == ["left out"] * 3
+    assert [row["outcome"] for row in both.told] == ["left out"] * 4
     assert "shift 1: error of the simulated outputs 0.1 without, 0.2 with it" in both.told[0]["reason"]
     assert "shift 0: error of the simulated outputs 0.1 without, 0.2 with it" in both.told[2]["reason"]
-    assert both.graph.digest() == both.plain.reference.digest() and both.plan == both.plain.plan
+    rounded, planned = make("correct_bias", {})(
+        both.plain.reference.clone(),
+        both.plain.plan,
+        context(both.plain.graph, both.plain.target, list(mixed().split(16))),
+    )
+    assert both.graph.digest() == rounded.digest()
+    assert both.plan.to_record() == planned.to_record()
+    assert "bias correction" in {row["what"] for row in both.tried}
 
 
 def test_little_data_may_move_weights_to_harm_and_is_tried_without() -> None:
@@ -196,6 +204,7 @@ def test_little_data_may_move_weights_to_harm_and_is_tried_without() -> None:
 
 def test_a_large_network_with_a_plain_gain_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq, "FEW", 0)
+    monkeypatch.setattr(gptq, "PLAINLY", 0.9)
     both = Both(deep(), list(mixed(64).split(16)), weights=NARROW)
     (row,) = [row for row in both.told if "shift" in row["reason"]]
     assert row["outcome"] == "kept"

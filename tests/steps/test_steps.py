@@ -135,9 +135,9 @@ def test_biases_behind_weights_in_groups_are_corrected() -> None:
     net = Net(lambda m, x: m.a(x), a=nn.Linear(6, 5))
     prepared = prepare(net, [x], weights=weights, activations={"format": "float32"})
     settings = context(prepared.graph, prepared.target, [x])
-    corrected, _ = make("correct_bias", {})(prepared.reference, prepared.plan, settings)
+    corrected, plan = make("correct_bias", {})(prepared.reference, prepared.plan, settings)
     means = [graph.run(x)[0].detach().mean(0) for graph in (prepared.graph, prepared.work)]
-    on_grid(corrected, prepared.plan)
+    on_grid(corrected, plan)
     assert float((corrected.run(x)[0].detach().mean(0) - means[0]).abs().max()) < 1e-5
     assert float((means[1] - means[0]).abs().max()) > 1e-3
 
@@ -177,10 +177,10 @@ def test_a_measured_correction_takes_back_what_rounded_activations_lose() -> Non
     net = Net(lambda m, x: m.b(torch.relu(m.a(x))), a=nn.Linear(6, 8), b=nn.Linear(8, 4))
     prepared = prepare(net, list(x.split(32)), "null", activations={"format": "int2"})
     settings = context(prepared.graph, prepared.target, list(x.split(32)))
-    corrected, _ = make("correct_bias", {})(prepared.reference.clone(), prepared.plan, settings)
+    corrected, plan = make("correct_bias", {})(prepared.reference.clone(), prepared.plan, settings)
     (row,) = [row for row in settings.tried if row["what"] == "bias correction"]
     assert row["outcome"] == "kept" and row["reason"].startswith("measured:")
-    simulated = Simulator(corrected, prepared.plan, settings.arithmetic)
+    simulated = Simulator(corrected, plan, settings.arithmetic)
     plain = Simulator(prepared.reference, prepared.plan, settings.arithmetic)
     wanted = prepared.reference.run(x)[0].detach().mean(0)
     found, before = (s.run((x,))[0].mean(0) for s in (simulated, plain))

@@ -63,15 +63,23 @@ def spread_evenly(count: int, most: int) -> Tensor:
     return torch.arange(most, dtype=torch.int64) * count // most
 
 
-class InputMeans:
-    """Means of what a layer reads in the float network (x) and in the quantized one (x̂), batch by batch, in float64."""
+class InputMoments:
+    """Sums of what a layer reads, batch by batch, in float64.
+
+    hessian, cross: E[x̂ᵀx̂] and E[xᵀx̂], [B, K, K], around the means where `centred`.
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        self._mean = self._mean_hat = torch.zeros(())
+        self._mean = self._mean_hat = self._h = self._c = torch.zeros(())
 
     def update(self, x_PBK: Tensor, hat_PBK: Tensor) -> None:
-        """One batch."""
+        """One batch. Raises DataError for inputs that aren't finite."""
+        x, hat = x_PBK.movedim(0, 1).float(), hat_PBK.movedim(0, 1).float()
+        h, c = hat.mT @ hat, x.mT @ hat
+        if not bool(torch.isfinite(h).all() and torch.isfinite(c).all()):
+            raise DataError("its inputs on the calibration data are not finite, or too large to be squared")
+        self._h, self._c = self._h + h.double(), self._c + c.double()
         self._mean = self._mean + x_PBK.sum(0, dtype=torch.float64)
         self._mean_hat = self._mean_hat + hat_PBK.sum(0, dtype=torch.float64)
         self.count += x_PBK.shape[0]
@@ -85,26 +93,6 @@ class InputMeans:
         """What a bias takes back so that means stay: w E[x] − q E[x̂], float64 [B, R] (Nagel et al. 2019, 4.2)."""
         mean, mean_hat = self.means
         return (w_BRK.double() @ mean[:, :, None] - q_BRK.double() @ mean_hat[:, :, None])[:, :, 0]
-
-
-class InputMoments(InputMeans):
-    """Sums of what a layer reads, batch by batch, in float64.
-
-    hessian, cross: E[x̂ᵀx̂] and E[xᵀx̂], [B, K, K], around the means where `centred`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._h = self._c = torch.zeros(())
-
-    def update(self, x_PBK: Tensor, hat_PBK: Tensor) -> None:
-        """One batch. Raises DataError for inputs that aren't finite."""
-        x, hat = x_PBK.movedim(0, 1).float(), hat_PBK.movedim(0, 1).float()
-        h, c = hat.mT @ hat, x.mT @ hat
-        if not bool(torch.isfinite(h).all() and torch.isfinite(c).all()):
-            raise DataError("its inputs on the calibration data are not finite, or too large to be squared")
-        self._h, self._c = self._h + h.double(), self._c + c.double()
-        super().update(x_PBK, hat_PBK)
 
     def settled(self, centred: bool) -> tuple[Tensor, Tensor]:
         """(hessian, cross), [B, K, K], float64."""

@@ -1,8 +1,8 @@
-"""Take back the mean shift that rounding the weights causes; kept only where the simulated outputs gain by it."""
+"""Give channels back the mean and the spread that rounding took; kept only where the simulated outputs gain by it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, fx
 from ..graph import Edge, Graph, Op
 from ..graph.reading import present
 from ..numerics.bias import analytic_bias, shifted_bias
-from ..numerics.hessian import InputMeans
-from ..plan import Plan
-from ..plan.constants import stored_values
-from ._abreast import Abreast, has_rows, rows_of
+from ..numerics.moments import ChannelMoments, matching
+from ..plan import Plan, TensorPlan
+from ..plan.constants import settle, stored_values
+from ._abreast import Abreast, has_rows, readers_of, rows_of
 from ._base import Context
 from ._judge import output_error, parted
+from .calibrate import room_for_biases
 
 JUDGED = 256  # samples; the last quarter of them
 POSITIONS = 2**14  # rows of inputs that a layer's means are taken from
@@ -24,15 +25,21 @@ POSITIONS = 2**14  # rows of inputs that a layer's means are taken from
 
 @dataclass(frozen=True)
 class Options:
-    """`correct_bias` has no knobs."""
+    """Knobs of `correct_bias`.
+
+    spread: channels get their spread back as well, through the scales of their weights.
+    """
+
+    spread: bool = True
 
 
 def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[Graph, Plan]:
-    """Correct the bias of every quantized convolution and Linear that has one (Nagel et al. 2019).
+    """Correct every quantized convolution and Linear that has a bias.
 
-    Once from the mean of each layer's inputs in the float network, and once from what the layers before it really
-    give, in the network's order. Each is compared with the uncorrected network on calibration data held back; the
-    best is kept, said in the notes.
+    Once analytically, from the mean of each layer's inputs in the float network (Nagel et al. 2019); once as measured,
+    from what the layers before it really give, in the network's order: mean and spread, which is what BatchNorm would
+    do if its statistics were estimated again (Sun et al. 2019, arXiv:1911.10125). Each is compared with the
+    uncorrected network on calibration data held back; the best is kept, said in the notes.
     """
     if not plan.quantized:
         _tell(context, "left out", "nothing is quantized")
@@ -40,12 +47,12 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     fit, judged = parted(context.calibration, graph, JUDGED)
     real = context.original(graph, plan)
     candidates = {
-        "analytic": corrected(graph, plan, context),
-        "measured": _Measuring(real, graph, plan, context.arithmetic, fit).run(),
+        "analytic": (corrected(graph, plan, context), plan),
+        "measured": _Measuring(real, graph, plan, context.arithmetic, fit).run(options.spread),
     }
     before = output_error(graph, plan, real, context.arithmetic, judged)
     errors = {
-        how: output_error(found, plan, real, context.arithmetic, judged) for how, found in candidates.items()
+        how: output_error(*found, real, context.arithmetic, judged) for how, found in candidates.items()
     }
     best = min(errors, key=lambda how: errors[how])
     said = " and ".join(f"{errors[how]:.3g} {how}" for how in errors)
@@ -57,14 +64,14 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         context.notes.append(
             f"bias correction lowered the output error from {before:.3g} to {errors[best]:.3g}"
         )
-        return candidates[best], plan
+        return candidates[best]
     _tell(context, "left out", found)
     context.notes.append("bias correction did not help on the calibration data and was left out")
     return graph, plan
 
 
 def corrected(graph: Graph, plan: Plan, context: Context) -> Graph:
-    """A copy whose quantized layers have their biases corrected, for better or worse."""
+    """A copy whose quantized layers have their biases corrected analytically, for better or worse."""
     made = graph.clone()
     means = _mean_inputs(graph, plan, context)
     for node in made.nodes():
@@ -75,33 +82,73 @@ def corrected(graph: Graph, plan: Plan, context: Context) -> Graph:
 
 
 class _Measuring(Abreast):
-    """b' = b + w E[x] − q E[x̂], layer by layer: x̂ has gone through the layers that are corrected already."""
+    """Layer by layer: what a layer reads has gone through the layers that are corrected already."""
 
-    def run(self) -> Graph:
+    def run(self, spread: bool) -> tuple[Graph, Plan]:
+        readers = readers_of(self.work, self.plan)
         for real, node in self.walk():
             name = self.work.name(node) if node.op.startswith("call") else ""
             op = self.work.op(node) if name else None
             if op is not None and _is_corrected(self.plan, name, op):
-                self._correct(name, op, real, node)
-                self.change(self.plan)
-        return self.work
+                weight = present(op, 1).tensor
+                assert weight is not None
+                alone = readers[id(self.work.tensor(weight))] == 1
+                self.change(self._matched(name, op, real, node, spread and alone))
+        return self.work, room_for_biases(self.work, self.plan, None)
 
-    def _correct(self, name: str, op: Op, real: fx.Node, node: fx.Node) -> None:
+    def _matched(self, name: str, op: Op, real: fx.Node, node: fx.Node, spread: bool) -> Plan:
+        """The plan from this layer on. Its weights are scaled with their scales, so that codes stay."""
         weight, bias = present(op, 1).tensor, present(op, 2).tensor
         assert weight is not None and bias is not None
-        moments, kernel = InputMeans(), tuple(self.work.tensor(weight).shape[2:])
-        most = max(1, POSITIONS // len(self.runs))
+        key = self.plan.edges[Edge(weight, name, 1)]
+        tie = self.plan.ties[key]
+        moments = self._moments(op, real, node, weight, stored_values(self.work, self.plan, weight, key))
+        if moments is None:
+            return self.plan
+        wanted, found = moments
+        gain, shift = matching(*wanted, *found)
+        scale = tie.scale
+        if not spread or scale is None or not _along_outputs(tie):
+            gain, shift = torch.ones_like(gain), wanted[0].double() - found[0].double()
+        old, values = self.real.tensor(bias).detach(), self.work.tensor(weight).detach()
+        self.work.set_tensor(bias, shifted_bias(old, shift, old.dtype))
+        if scale is None or bool((gain == 1).all()):
+            return settle(self.plan)
+        self.work.set_tensor(weight, _scaled(values, gain))
+        return settle(self.plan.with_ties({key: replace(tie, scale=_scaled(scale, gain))}))
+
+    def _moments(
+        self, op: Op, real: fx.Node, node: fx.Node, weight: str, stored: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """(mean, deviation) of the float layer's products and of the rounded one's, each [C]; None without data."""
+        floats, rounded = ChannelMoments(), ChannelMoments()
+        matrix, kernel = self.real.tensor(weight).detach(), tuple(stored.shape[2:])
+        most, groups = max(1, POSITIONS // len(self.runs)), op.attrs.get("groups", 1)
         for float_run, run in self.runs:
             x, hat = float_run.read(real, 0), run.read(node, 0)
             if x.numel():
-                moments.update(rows_of(x, op.attrs, kernel, most), rows_of(hat, op.attrs, kernel, most))
-        stored = stored_values(self.work, self.plan, weight, self.plan.edges[Edge(weight, name, 1)])
-        shape = (op.attrs.get("groups", 1), stored.shape[0] // op.attrs.get("groups", 1), -1)
-        shift = moments.mean_shift(
-            self.real.tensor(weight).detach().reshape(shape), stored.reshape(shape)
-        ).reshape(-1)
-        old = self.real.tensor(bias).detach()
-        self.work.set_tensor(bias, shifted_bias(old, shift, old.dtype))
+                for seen, values, weights in ((floats, x, matrix), (rounded, hat, stored)):
+                    w_BRK = weights.float().reshape(groups, len(weights) // groups, -1)
+                    rows_PBK = rows_of(values, op.attrs, kernel, most).float()
+                    seen.update(torch.einsum("pbk,brk->pbr", rows_PBK, w_BRK).flatten(1), 1)
+        return (floats.moments(), rounded.moments()) if floats.count else None
+
+
+def _along_outputs(tie: TensorPlan) -> bool:
+    """Whether each output channel has scales of its own that any factor may change."""
+    fmt = tie.format
+    return (
+        fmt.axis == 0
+        and fmt.granularity in ("channel", "group")
+        and len(tie.members) == 1
+        and fmt.scale == "float32"
+        and not fmt.unscaled
+    )
+
+
+def _scaled(values: Tensor, gain: Tensor) -> Tensor:
+    """Channels along the first axis times their gain [C]."""
+    return (values.double() * gain.reshape(-1, *[1] * (values.dim() - 1))).to(values.dtype)
 
 
 def _is_corrected(plan: Plan, name: str, op: Op) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 from torch import Tensor, fx
@@ -81,13 +81,14 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
 
     Float and simulated network go through the calibration data side by side, operator by operator, so that each layer
     is solved on the rounded inputs that it will read, and the data is read once. The result is kept where the simulated
-    outputs are nearer to the float network's on samples held back; both sides may correct biases. Where little data
-    says more than is true, moving weights before they are rounded (`shift`) does harm: half of it is tried as well,
-    and none, on small networks always and on large ones where there was no plain gain.
+    outputs are nearer to the float network's, on samples held back, than those of plain rounding with its biases
+    corrected; that is what comes out otherwise. Where little data says more than is true, moving weights before they
+    are rounded (`shift`) does harm: half of it is tried as well, and none, on small networks always and on large ones
+    where there was no plain gain.
     """
     layers, left = layers_of(graph, plan, options)
     for reason, names in left.items():
-        context.tried.append({"what": WHAT, "outcome": "left out", "reason": f"{listed(names)}: {reason}"})
+        _tell(context, False, f"{listed(names)}: {reason}")
     if not layers:
         return graph, plan
     fit, held = parted(context.calibration, graph, options.samples)
@@ -96,28 +97,52 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     def error(candidate: Graph, planned: Plan) -> float:
         return output_error(candidate, planned, real, context.arithmetic, held)
 
-    corrected = correct_bias.corrected(graph, plan, context)
-    before = best = min(error(graph, plan), error(corrected, plan))
-    kept, samples = (graph, plan), samples_in(held)
+    samples = samples_in(held)
+    rounded, told = _bias_corrected(
+        graph, plan, context
+    )  # what lower efforts end with: nothing here may be worse
+    before = error(*rounded)
+    nearest, best = rounded, math.inf
     small = sum(graph.tensor(layer.weight).numel() for layer in layers) <= FEW
     for share in dict.fromkeys(options.shift * part for part in SHARES):
         solving = _Solving(graph, plan, context, replace(options, shift=share), layers, fit)
         with context.progress.task("solving for weights", len(layers)) as task, torch.no_grad():
             found = solving.run(task.advance)
         after = error(*found)
-        outcome = "kept" if after < best else "left out"
         reason = (
             f"{len(layers) - len(solving.refused)} layers, shift {share:g}: error of the simulated outputs "
             f"{before:.3g} without, {after:.3g} with it, on {samples} samples held back"
         )
-        context.tried.append({"what": WHAT, "outcome": outcome, "reason": reason})
+        _tell(context, after < min(before, best), reason)
         if after < best:
-            kept, best = found, after
+            nearest, best = found, after
         if best < PLAINLY * before and not small:
             break
     for why, names in _by_reason(solving.refused).items():
-        context.tried.append({"what": WHAT, "outcome": "left out", "reason": f"{listed(names)}: {why}"})
+        _tell(context, False, f"{listed(names)}: {why}")
+    if best < before:
+        return nearest
+    polished, also = _bias_corrected(*nearest, context)
+    after = error(*polished)
+    _tell(
+        context,
+        after < before,
+        f"with its biases corrected as well: {before:.3g} without, {after:.3g} with it",
+    )
+    kept, corrections = (polished, also) if after < before else (rounded, told)
+    context.tried += corrections.tried
+    context.notes += corrections.notes
     return kept
+
+
+def _bias_corrected(graph: Graph, plan: Plan, context: Context) -> tuple[tuple[Graph, Plan], Context]:
+    """What `correct_bias` makes of it, and a context that holds what it told."""
+    apart = replace(context, notes=[], tried=[])
+    return correct_bias.run(graph, plan, apart, correct_bias.Options()), apart
+
+
+def _tell(context: Context, kept: bool, reason: str) -> None:
+    context.tried.append({"what": WHAT, "outcome": "kept" if kept else "left out", "reason": reason})
 
 
 def _by_reason(refused: Mapping[str, str]) -> dict[str, list[str]]:
@@ -174,7 +199,7 @@ def _objection(op: Op, weight: Tensor, tie: TensorPlan, readers: int, options: O
         return "its scales don't run along its outputs"
     if not weight.numel() or not has_rows(op):
         return "it has no weights, or pads with something else than zeros"
-    if prod(weight.shape[1:]) > options.inputs:
+    if math.prod(weight.shape[1:]) > options.inputs:
         return f"its rows have more than {options.inputs} weights"
     grid = grid_of(tie)
     if sqnr_db(weight, decode(encode(weight, grid), grid)) >= options.above:
