@@ -32,6 +32,7 @@ from .data.batch import check_inputs, to_flat
 from .errors import ArtifactError, DataError, GraphError
 from .graph import Graph
 from .graph.archive import load_pt2, save_pt2
+from .graph.beside import names_beside
 from .graph.graph import InputSpec
 from .graph.simplify import CONTRACTIONS
 from .numerics.moments import ChannelMoments
@@ -193,13 +194,17 @@ def write_statistics(folder: Path, reference: Graph, plan: Plan, calibration: So
     reference: the float network folded, its own weights. Where the plan moved scales, the layers are looked at behind
     that, as the artifact has them.
 
-    They are what is needed to make floats of the artifact again (`recover.dequantize`).
+    They are what is needed to make floats of the artifact again (`recover.dequantize`). Of layers that something stands
+    beside there are none: what they have lost is made up for already.
     """
     if not plan.quantized:
         return
     reference = counterpart(reference, plan)
+    compensated = {name for layer in plan.low_rank for name in (layer, *names_beside(layer))}
     layers = {
-        node: reference.name(node) for node in reference.nodes() if reference.op(node).kind in CONTRACTIONS
+        node: reference.name(node)
+        for node in reference.nodes()
+        if reference.op(node).kind in CONTRACTIONS and reference.name(node) not in compensated
     }
     found = {name: ChannelMoments() for name in layers.values()}
 

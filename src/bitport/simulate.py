@@ -70,7 +70,7 @@ class Simulator:
         Args:
             tap: called with (producer name, integers) for each tensor that is quantized; what it returns is
                 what the network goes on with (the runtime's own integers, for a layer-local comparison).
-            watch: told the name and the float result of each kernel that takes and returns floats.
+            watch: told the name and the result of each operator that takes and returns floats.
         """
         with torch.no_grad():
             return Run(self, list(inputs), tap, watch).outputs()
@@ -166,7 +166,10 @@ class Run:
         elif todo.kernel is not None:
             self._kernel(node, op, name, todo.absorbs or name)
         else:
-            self._leave(node, self._run_float(node, op))
+            result = self._run_float(node, op)
+            if self.watch is not None and isinstance(result, Tensor):
+                self.watch(name, result)
+            self._leave(node, result)
 
     def _leave(self, node: fx.Node, value: Any) -> None:
         """Store a float result, quantized where the plan says so (its float readers keep the float)."""

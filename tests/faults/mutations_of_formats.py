@@ -226,7 +226,7 @@ MUTATIONS = (
     Mutation(
         "the proof looks at the weights behind moved scales",
         "plan/rescaled.py",
-        "    if not plan.rescaled:\n",
+        "    if not plan.rescaled and not plan.low_rank:\n",
         "    if True:\n",
         "tests/plan/test_rescaled.py::test_the_counterpart_computes_the_same_through_other_weights",
     ),
@@ -236,5 +236,19 @@ MUTATIONS = (
         "    if scales.dim() != 1 or not bool((torch.isfinite(scales) & (scales > 0)).all()):\n",
         "    if False:\n",
         "tests/plan/test_rescaled.py::test_forged_scales_are_refused",
+    ),
+    Mutation(
+        "a product that doesn't help is left out",
+        "steps/low_rank.py",
+        "        if errors[how] < best:\n",
+        "        if True:\n",
+        "tests/steps/test_low_rank.py::test_a_product_that_errs_more_leaves_nothing_behind",
+    ),
+    Mutation(
+        "the proof's float network has nothing beside its layers",
+        "plan/rescaled.py",
+        "    return torch.zeros(rank, inputs), torch.zeros(outputs, rank)\n",
+        "    return torch.ones(rank, inputs), torch.ones(outputs, rank)\n",
+        "tests/plan/test_rescaled.py::test_the_counterpart_has_what_stands_beside_layers_as_zeros",
     ),
 )

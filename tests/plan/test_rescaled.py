@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.flow import Net, Prepared, conv, images, prepare
+from torch import nn
 from torch.nn import functional as F
 
 from bitport.errors import ArtifactError, GraphError
@@ -56,3 +57,42 @@ def test_the_counterpart_computes_the_same_through_other_weights(prepared: Prepa
     assert reference.digest() == before
     with pytest.raises(GraphError, match="another one"):
         counterpart(reference, replace(prepared.plan, rescaled={"b": SCALES[:4]}))
+
+
+# ------------------------------------------------------------------------------------- beside layers
+
+
+@pytest.fixture(scope="module")
+def dense() -> Prepared:
+    torch.manual_seed(0)
+    return prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), [torch.randn(4, 6)], "null")
+
+
+def test_ranks_are_read_back(dense: Prepared) -> None:
+    plan = replace(dense.plan, low_rank={"2": 3, "0": 1})
+    assert Plan.from_record(json.loads(json.dumps(plan.to_record()))).low_rank == {"2": 3, "0": 1}
+    assert "low_rank" not in dense.plan.to_record()
+
+
+@pytest.mark.parametrize("forged", [0, -1, 1.5, True, "8", None, [8]])
+def test_forged_ranks_are_refused(dense: Prepared, forged: Any) -> None:
+    with pytest.raises(ArtifactError, match="the plan is malformed"):
+        Plan.from_record({**dense.plan.to_record(), "low_rank": {"0": forged}})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [({"0": 10**9}, "rank 1000000000"), ({"1": 2}, "1: nothing can stand beside it"), ({"x": 2}, "'x'")],
+)
+def test_ranks_of_another_network_are_refused(dense: Prepared, ranks: dict[str, int], message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        counterpart(dense.reference, replace(dense.plan, low_rank=ranks))
+
+
+def test_the_counterpart_has_what_stands_beside_layers_as_zeros(dense: Prepared) -> None:
+    x = torch.randn(4, 6)
+    twin = counterpart(dense.reference, replace(dense.plan, low_rank={"0": 3}))
+    names = [twin.name(node) for node in twin.nodes()]
+    assert names == ["0", "0_low_rank.down", "0_low_rank.up", "0_low_rank.sum", "1", "2"]
+    assert torch.equal(twin.run(x)[0], dense.reference.run(x)[0])
+    assert len(dense.reference.nodes()) == 3

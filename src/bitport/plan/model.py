@@ -95,6 +95,7 @@ class Plan:
 
     `rescaled`: layer → what its output channels were divided by, float64 [C], and the weights that read them multiplied
     by (`graph.pairs`): the network computes what it did, through other weights.
+    `low_rank`: layer → the rank of the product that stands beside it (`graph.beside`) and makes up for its rounding.
     """
 
     target: str
@@ -102,6 +103,7 @@ class Plan:
     ties: Mapping[str, TensorPlan]
     nodes: Mapping[str, NodePlan]
     rescaled: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    low_rank: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, target: str) -> Plan:
@@ -170,6 +172,8 @@ class Plan:
         }
         if self.rescaled:
             record["rescaled"] = {name: scales.tolist() for name, scales in self.rescaled.items()}
+        if self.low_rank:
+            record["low_rank"] = dict(self.low_rank)
         return record
 
     @classmethod
@@ -189,7 +193,8 @@ class Plan:
                 if any(value is not None and not isinstance(value, str) for value in vars(node).values()):
                     raise ValueError(f"{node} holds something else than text")
             rescaled = {str(name): _scales(value) for name, value in record.get("rescaled", {}).items()}
-            return cls(_text(record["target"]), edges, ties, nodes, rescaled)
+            low_rank = {str(name): _rank(value) for name, value in record.get("low_rank", {}).items()}
+            return cls(_text(record["target"]), edges, ties, nodes, rescaled, low_rank)
         except (
             FormatError,
             LookupError,
@@ -209,6 +214,12 @@ def _scales(value: Any) -> torch.Tensor:
     if scales.dim() != 1 or not bool((torch.isfinite(scales) & (scales > 0)).all()):
         raise ValueError("scales of channels that are no list of finite positive numbers")
     return scales
+
+
+def _rank(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r} is no rank")
+    return value
 
 
 def _text(value: Any) -> str:

@@ -1,8 +1,16 @@
-"""The float network behind a plan: the original with its scales moved as the plan says, nothing rounded."""
+"""The float network behind a plan: the original with its scales moved as the plan says, nothing rounded.
+
+What stands beside rounded layers (`graph.beside`) is there too, as zeros, which add nothing: operator by operator it is
+the network that the plan belongs to.
+"""
 
 from __future__ import annotations
 
+import torch
+
+from ..errors import GraphError
 from ..graph import Graph
+from ..graph.beside import put_beside, weights_of
 from ..graph.pairs import move_all
 from .model import Plan
 
@@ -14,12 +22,20 @@ def counterpart(reference: Graph, plan: Plan) -> Graph:
 
     Args:
         reference: the float network, folded, with its original weights. It isn't changed, and returned as it is where
-            no scale was moved.
+            no scale was moved and nothing stands beside a layer.
 
     Raises GraphError where the plan is of another network.
     """
-    if not plan.rescaled:
+    if not plan.rescaled and not plan.low_rank:
         return reference
     twin = reference.clone()
     move_all(twin, plan.rescaled)
+    put_beside(twin, {layer: _zeros(twin, layer, rank) for layer, rank in plan.low_rank.items()})
     return twin
+
+
+def _zeros(graph: Graph, layer: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs, inputs = weights_of(graph, layer)
+    if rank > min(outputs, inputs):
+        raise GraphError(f"{layer}: a product of rank {rank} is beside weights of {outputs} × {inputs}")
+    return torch.zeros(rank, inputs), torch.zeros(outputs, rank)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..graph import Edge, Graph
+from ..graph.beside import names_beside
 from ..graph.reading import constant_names, placeholders
 from ..numerics.error import ErrorStats
 from ..plan import Plan
@@ -118,6 +119,8 @@ class Blame:
     def error(self, unit: Unit, parts: Sequence[str] = BOTH) -> float:
         """`error(u)` of the legend; infinite where an output isn't finite."""
         names = [edge.producer for edge in unit.edges(parts) if edge.producer in self._constants]
+        if unit.name in self.plan.low_rank and WEIGHTS in parts:
+            names += names_beside(unit.name).tensors  # zeros until now
         before = {name: self._mixed.tensor(name).detach().clone() for name in names}
         try:
             for name in names:

@@ -92,7 +92,9 @@ def measure(
     """
     started = time.perf_counter()
     folder, graph, plan, target = subject.folder, subject.graph, subject.plan, subject.target
-    macs = cost.macs(subject.reference)
+    macs = cost.macs(
+        subject.counterpart
+    )  # with what stands beside its layers, which the original doesn't have
     inspection = target.inspect(folder, plan)
     record: dict[str, Any] = {
         "schema": 1,
@@ -100,7 +102,7 @@ def measure(
         **subject.facts,
         "model": {
             "parameters": sum(p.numel() for p in subject.reference.gm.parameters()),
-            "macs": sum(macs.values()),
+            "macs": sum(cost.macs(subject.reference).values()),
             "digest": subject.reference.digest(),
         },
         "host": {**host(), "threads": target.options.get("threads", 1)},

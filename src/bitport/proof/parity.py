@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from ..errors import TargetError
 from ..graph import Graph
+from ..graph.beside import names_beside
 from ..numerics.error import ErrorStats
 from ..plan import Plan
 from ..plan.model import LOCAL
@@ -76,6 +77,9 @@ class Parity:
         self.samples = 0
         # operators that take and return floats: only their weights, or also what they read, are rounded
         self.on_floats = {name for name, node in plan.nodes.items() if node.mode is not None}
+        # of a layer with a product beside it the sum counts, which is what its readers get
+        self.layer_of = {name: name for name in self.on_floats - plan.low_rank.keys()}
+        self.layer_of |= {names_beside(layer).sum: layer for layer in plan.low_rank}
 
     def update(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Compare one batch. Returns the simulator's own (end to end) outputs.
@@ -127,8 +131,9 @@ class Parity:
 
     def _watching(self, reals: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
         def look(name: str, value: Tensor) -> None:
-            if name in reals and name in self.on_floats:
-                self._layer(name).simulated.update(reals[name], value)
+            layer = self.layer_of.get(name)
+            if layer is not None and layer in reals:
+                self._layer(layer).simulated.update(reals[layer], value)
 
         return look
 

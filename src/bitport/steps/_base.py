@@ -104,7 +104,10 @@ class Context:
         a step gave the network other operators there is no such network, and `graph` itself is returned.
         """
         base = self.reference_like(graph)
-        return counterpart(base, plan) if _layout(base) == _layout(graph) else graph
+        if not plan.low_rank and _layout(base) != _layout(graph):
+            return graph
+        twin = counterpart(base, plan)
+        return twin if not plan.low_rank or _layout(twin) == _layout(graph) else graph
 
     def float_pass(self, graph: Graph) -> Callable[[Sequence[Tensor], OnValue], tuple[Tensor, ...]]:
         """A function that runs a float graph on the device: (inputs, on_value) → flat outputs, as `Graph.run`.
@@ -128,9 +131,8 @@ class Context:
 
 def _layout(graph: Graph) -> list[tuple[str, str]]:
     nodes = graph.gm.graph.nodes
-    return [(node.op, graph.name(node)) for node in nodes if node.op != "output"] + [
-        (str(tuple(tensor.shape)), name) for name, tensor in graph.gm.named_parameters()
-    ]
+    tensors = [(str(tuple(tensor.shape)), name) for name, tensor in graph.gm.named_parameters()]
+    return [(node.op, graph.name(node)) for node in nodes if node.op != "output"] + sorted(tensors)
 
 
 def usable_device(device: str | None) -> str:
