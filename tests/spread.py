@@ -35,10 +35,10 @@ class Separable(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer layer."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, norm: type[nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1, self.norm2 = norm(width), norm(width)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
@@ -57,13 +57,27 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Two layers on sequences of 32 numbers, ten classes a position."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 32, norm: type[nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
-        self.layers = nn.Sequential(Block(width, 4), Block(width, 4))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+        self.layers = nn.Sequential(Block(width, 4, norm), Block(width, 4, norm))
+        self.norm, self.head = norm(width), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         made: Tensor = self.head(self.norm(self.layers(x)))
+        return made
+
+
+class Embedded(nn.Module):
+    """The same on a linear embedding of 8 numbers a position: its residual stream is its own."""
+
+    def __init__(self, width: int = 64, norm: type[nn.Module] = nn.LayerNorm) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, width)
+        self.position = nn.Parameter(0.3 * torch.randn(1, 9, width))
+        self.body = Transformer(width, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.body(self.embed(x) + self.position)
         return made
 
 
@@ -92,4 +106,23 @@ def plant_outliers(model: Transformer, factor: float = 60.0) -> Transformer:
             norm.bias[[3, 17]] *= factor
             for layer in read:
                 layer.weight[:, [3, 17]] /= factor
+    return model
+
+
+@torch.no_grad()
+def plant_loud(model: Embedded, factor: float = 20.0) -> Embedded:
+    """Two channels of the residual stream made louder, and read by weights as much smaller."""
+    loud, body = [5, 40], model.body
+    model.embed.weight[loud] *= factor
+    model.embed.bias[loud] *= factor
+    behind = [(body.norm, (body.head,))]
+    for block in body.layers:
+        behind += [(block.norm1, (block.q, block.k, block.v)), (block.norm2, (block.up,))]
+    for norm, readers in behind:
+        norm.weight.mul_(factor * (2 / norm.weight.numel()) ** 0.5)  # what the larger deviation takes
+        norm.weight.mul_(torch.linspace(0.7, 1.4, norm.weight.numel()))
+        if getattr(norm, "bias", None) is not None:
+            norm.bias.uniform_(-0.3, 0.3)
+        for layer in readers:
+            layer.weight[:, loud] /= factor
     return model

@@ -81,6 +81,7 @@ def run_steps(
             # what stops inside the step is kept as it was in front of it, beside the layers that are finished
             finished = checkpoint.finished(index, partial(_stopped, checkpoint, state, recipe))
             context.memo = finished
+            context.ahead = [(later.use, later.options) for later in recipe.steps[index + 1 :]]
             with context.progress.task(spec.use):
                 work, plan = steps.make(spec.use, spec.options)(work, plan, context)
             seconds[f"{index} {spec.use}"] = time.perf_counter() - started

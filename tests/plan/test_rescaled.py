@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from tests.flow import Net, Prepared, conv, images, prepare
+from tests.spread import Embedded, plant_loud
 from torch import nn
 from torch.nn import functional as F
 
 from bitport.errors import ArtifactError, GraphError
+from bitport.numerics.rotation import random_signs
 from bitport.plan import Plan
 from bitport.plan.rescaled import counterpart
 
@@ -96,3 +98,46 @@ def test_the_counterpart_has_what_stands_beside_layers_as_zeros(dense: Prepared)
     assert names == ["0", "0_low_rank.down", "0_low_rank.up", "0_low_rank.sum", "1", "2"]
     assert torch.equal(twin.run(x)[0], dense.reference.run(x)[0])
     assert len(dense.reference.nodes()) == 3
+
+
+# ------------------------------------------------------------------------------------- rotated streams
+
+
+@pytest.fixture(scope="module")
+def streamed() -> Prepared:
+    torch.manual_seed(0)
+    return prepare(plant_loud(Embedded(width=64)), [torch.randn(4, 9, 8)], "null")
+
+
+SIGNS = random_signs(64, 5)
+STREAM = "body.layers.0.norm1"
+
+
+def test_signs_are_read_back(streamed: Prepared) -> None:
+    plan = replace(streamed.plan, rotated={STREAM: SIGNS})
+    back = Plan.from_record(json.loads(json.dumps(plan.to_record())))
+    assert list(back.rotated) == [STREAM] and torch.equal(back.rotated[STREAM], SIGNS)
+    assert back.rotated[STREAM].dtype == torch.int8
+    assert "rotated" not in streamed.plan.to_record()
+    assert Plan.from_record(streamed.plan.to_record()).rotated == {}
+
+
+@pytest.mark.parametrize("forged", [[1, 0], [2, -1], [], [0.5], [[1]], 1, "text", [None], {"a": 1}])
+def test_forged_signs_are_refused(streamed: Prepared, forged: Any) -> None:
+    with pytest.raises(ArtifactError, match="the plan is malformed"):
+        Plan.from_record({**streamed.plan.to_record(), "rotated": {STREAM: forged}})
+    with pytest.raises(ArtifactError, match="the plan is malformed"):
+        Plan.from_record({**streamed.plan.to_record(), "rotated": [STREAM]})
+
+
+def test_the_counterpart_is_rotated_first_and_scaled_then(streamed: Prepared) -> None:
+    reference, x = streamed.reference, torch.randn(2, 9, 8)
+    before = reference.digest()
+    scales = {STREAM: torch.linspace(0.5, 2, 64, dtype=torch.float64)}
+    twin = counterpart(reference, replace(streamed.plan, rotated={STREAM: SIGNS}, rescaled=scales))
+    with torch.no_grad():
+        torch.testing.assert_close(twin.run(x)[0], reference.run(x)[0], rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(twin.tensor(f"{STREAM}.weight"), (1 / scales[STREAM]).float())
+    assert reference.digest() == before
+    with pytest.raises(GraphError, match="another one"):
+        counterpart(reference, replace(streamed.plan, rotated={"b": SIGNS}))

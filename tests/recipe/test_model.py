@@ -265,6 +265,15 @@ class TestExpand:
         assert uses(expanded) == expected
         assert expanded.expand("balanced") == expanded
 
+    @pytest.mark.parametrize(
+        "steps",
+        [["quantize", "rotate"], ["quantize", "calibrate", "rotate"], ["quantize", "equalize", "rotate"]],
+    )
+    def test_steps_of_no_effort_keep_their_place(self, steps: list[str]) -> None:
+        expanded = chain(*steps, effort="balanced").expand()
+        assert uses(expanded) == [*FULL[:4], "rotate", *FULL[4:]]
+        assert expanded.expand() == expanded
+
     def test_best_effort_learns_before_it_solves(self, more_steps: None) -> None:
         expanded = chain("quantize", effort="best").expand()
         assert uses(expanded) == [*FULL[:5], "reconstruct", "gptq", "self_distil", "correct_bias"]

@@ -22,7 +22,7 @@ from bitport.plan.constants import on_grid
 from bitport.plan.rescaled import counterpart
 from bitport.recipe import Recipe
 from bitport.simulate import Simulator
-from bitport.steps import equalize
+from bitport.steps import _rewritten, equalize
 from bitport.steps._base import Context, make
 
 TENSOR = {"weights": {"granularity": "tensor"}}
@@ -243,7 +243,7 @@ def test_a_candidate_that_errs_more_leaves_nothing_behind(monkeypatch: pytest.Mo
     data = batches()
     prepared = prepare(rescale(Separable()), data, weights={"format": "int2"})
     errors = iter([0.1, 0.2])
-    monkeypatch.setattr(equalize, "output_error", lambda *_: next(errors))
+    monkeypatch.setattr(_rewritten, "output_error", lambda *_: next(errors))
     settings = context(prepared.graph, prepared.target, data)
     settings.notes.append("an older note")
     work = prepared.reference.clone()
@@ -309,7 +309,7 @@ def test_weights_that_no_longer_fit_their_format_are_refused(monkeypatch: pytest
     def full(*_: object) -> Plan:
         raise FormatError("no room")
 
-    monkeypatch.setattr(equalize, "fit_weights", full)
+    monkeypatch.setattr(_rewritten, "fit_weights", full)
     found, settings = equalized(prepared, data)
     assert found.plan is prepared.plan and "can't be stored: no room" in only_reason(settings)
 

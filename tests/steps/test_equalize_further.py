@@ -7,7 +7,7 @@ import torch
 from tests.flow import Net, context, conv, images, prepare
 from torch import Tensor, nn
 
-from bitport.steps import equalize
+from bitport.steps import _rewritten, equalize
 from bitport.steps._base import make
 from bitport.steps._judge import output_error
 from bitport.steps.equalize import LAYERS
@@ -45,7 +45,7 @@ def test_outputs_that_err_too_much_to_rank_anything_keep_even_channels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = iter((2.0, 3.0))
-    monkeypatch.setattr(equalize, "output_error", lambda *given: next(found))
+    monkeypatch.setattr(_rewritten, "output_error", lambda *given: next(found))
     net = Net(lambda m, x: m.b(torch.relu(m.a(x))), a=conv(3, 8), b=conv(8, 4))
     with torch.no_grad():
         net.a.weight[0] *= 100

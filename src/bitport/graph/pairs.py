@@ -77,28 +77,34 @@ class Chain:
 Uses = Counter[int]
 
 
-class _Refused(Exception):
-    """Why a scale can't move."""
+class Refused(Exception):
+    """Why the channels of a tensor can't be changed together with the layers around it."""
 
 
-def find(graph: Graph) -> tuple[list[Chain], dict[str, str]]:
-    """All chains in network order, and of each other layer or norm why its output can't be scaled."""
+def uses_of(graph: Graph) -> Uses:
+    """How many operands each parameter and buffer is."""
     uses: Uses = Counter()
     for node in graph.nodes():
         for operand in graph.op(node).operands:
             if operand is not None and operand.tensor is not None:
                 uses[id(graph.tensor(operand.tensor))] += 1
+    return uses
+
+
+def find(graph: Graph) -> tuple[list[Chain], dict[str, str]]:
+    """All chains in network order, and of each other layer or norm why its output can't be scaled."""
+    uses = uses_of(graph)
     chains: list[Chain] = []
     refused: dict[str, str] = {}
     placed: set[str] = set()
     for node in graph.nodes():
         op = graph.op(node)
-        if (op.kind not in (*LAYERS, *NORMS) and not _is_gain(graph, node, op)) or graph.name(node) in placed:
+        if (op.kind not in (*LAYERS, *NORMS) and not is_gain(graph, node, op)) or graph.name(node) in placed:
             continue
         try:
             chains.append(_chain(graph, uses, node, op))
             placed |= {end.name for end in chains[-1].producers}
-        except _Refused as why:
+        except Refused as why:
             refused[graph.name(node)] = str(why)
     # a sum may be passed from one of its layers and not from another
     return chains, {name: why for name, why in refused.items() if name not in placed}
@@ -164,38 +170,38 @@ def _chain(graph: Graph, uses: Uses, node: fx.Node, op: Op) -> Chain:
     producer = _end(graph, uses, node, op)
     shape = graph.shape(node)
     if shape is None:
-        raise _Refused("its output has no shape")
+        raise Refused("its output has no shape")
     axis = _channel_axis(op, len(shape))
     if _is_own_input(op):
-        raise _Refused("it reads its own weight as data")
+        raise Refused("it reads its own weight as data")
     stream = _Stream(graph, uses, node, axis, producer)
     if not stream.readers:
-        raise _Refused("nothing reads it")
+        raise Refused("nothing reads it")
     ends = [*stream.producers, *stream.readers]
     if len({end.weight for end in ends}) < len(ends):
-        raise _Refused("layers around it share a weight")
+        raise Refused("layers around it share a weight")
     return Chain(tuple(stream.producers), tuple(stream.readers), axis, producer.vector)
 
 
 def _end(graph: Graph, uses: Uses, node: fx.Node, op: Op, repeat: int = 1) -> End:
-    """The layer as one that takes a scale up. Raises _Refused where its parameters aren't its own."""
+    """The layer as one that takes a scale up. Raises Refused where its parameters aren't its own."""
     name = graph.name(node)
     if op.kind == "mul":
         gain = next(o.tensor for o in op.operands if o is not None and o.tensor is not None)
-        _own(graph, uses, gain, name)
+        own(graph, uses, gain, name)
         return End(name, gain, vector=True)
     weight = op.operands[1] if len(op.operands) > 1 else None
     bias = op.operands[2] if len(op.operands) > 2 else None
     if weight is None or weight.tensor is None:
-        raise _Refused("it has no weights of its own to take a scale")
+        raise Refused("it has no weights of its own to take a scale")
     if bias is not None and bias.tensor is None:
-        raise _Refused("its bias is computed")
-    _own(graph, uses, weight.tensor, name)
+        raise Refused("its bias is computed")
+    own(graph, uses, weight.tensor, name)
     if bias is not None and bias.tensor is not None:
-        _own(graph, uses, bias.tensor, name)
+        own(graph, uses, bias.tensor, name)
     vector = op.kind in NORMS
     if vector and graph.tensor(weight.tensor).dim() != 1:
-        raise _Refused("it normalises several axes at once")
+        raise Refused("it normalises several axes at once")
     return End(
         name,
         weight.tensor,
@@ -207,12 +213,13 @@ def _end(graph: Graph, uses: Uses, node: fx.Node, op: Op, repeat: int = 1) -> En
     )
 
 
-def _own(graph: Graph, uses: Uses, tensor: str, name: str) -> None:
+def own(graph: Graph, uses: Uses, tensor: str, name: str) -> None:
+    """Raises Refused where a layer's parameter is read elsewhere, too."""
     if uses[id(graph.tensor(tensor))] != 1:
-        raise _Refused(f"{tensor} of {name} is shared")
+        raise Refused(f"{tensor} of {name} is shared")
 
 
-def _is_gain(graph: Graph, node: fx.Node, op: Op) -> bool:
+def is_gain(graph: Graph, node: fx.Node, op: Op) -> bool:
     """x · g with one stored factor per channel of the last axis, as normalisations that are spelled out end."""
     shape = graph.shape(node)
     constants = [o.tensor for o in op.operands if o is not None and o.tensor is not None]
@@ -240,7 +247,7 @@ def _channel_axis(op: Op, rank: int) -> int:
 
 class _Stream:
     """All tensors that a scale reaches from one producer: downwards through what keeps it, and, where tensors are
-    added, upwards to whatever else makes the sum. Raises _Refused naming the first operator that it can't pass."""
+    added, upwards to whatever else makes the sum. Raises Refused naming the first operator that it can't pass."""
 
     def __init__(self, graph: Graph, uses: Uses, node: fx.Node, axis: int, producer: End) -> None:
         self.graph, self.uses, self.joins = graph, uses, not producer.vector
@@ -255,7 +262,7 @@ class _Stream:
                     self._known[found] = place
                     waiting.append(found)
                 elif self._known[found] != place:
-                    raise _Refused(f"{graph.name(found)} reads it along two axes")
+                    raise Refused(f"{graph.name(found)} reads it along two axes")
         order = {known: index for index, known in enumerate(graph.gm.graph.nodes)}
         self.producers = [made[node] for node in sorted(made, key=lambda node: order[node])]
 
@@ -265,7 +272,7 @@ class _Stream:
         shape = self.graph.shape(node)
         for user in node.users:
             if user.op == "output":
-                raise _Refused("it leaves the network")
+                raise Refused("it leaves the network")
             op = self.graph.op(user)
             if op.kind in ("shape", "const"):
                 continue  # they look at its size
@@ -310,23 +317,23 @@ class _Stream:
             return [(sources[0], (axis, 1))]
         if op is not None and op.kind in SUMS and self._adds(op, shape, axis, 1):
             return [(source, (axis, 1)) for source in sources]
-        raise _Refused(f"{self.graph.name(node)}, which it is added to, can't be scaled alike")
+        raise Refused(f"{self.graph.name(node)}, which it is added to, can't be scaled alike")
 
     def _reader(self, node: fx.Node, user: fx.Node, op: Op, axis: int, repeat: int) -> End:
         name, shape = self._first_of(node, user, op)
         end = _end(self.graph, self.uses, user, op, repeat)
         wanted = int(shape[axis]) if isinstance(shape[axis], int) else -1
         if axis != _channel_axis(op, len(shape)) or (repeat > 1 and op.kind != "linear"):
-            raise _Refused(f"{name} ({op.kind}) mixes another axis")
+            raise Refused(f"{name} ({op.kind}) mixes another axis")
         if input_ranges(self.graph.tensor(end.weight), end.groups, end.transposed).numel() != wanted:
-            raise _Refused(f"{name} ({op.kind}) reads other channels")
+            raise Refused(f"{name} ({op.kind}) reads other channels")
         return end
 
     def _behind(self, node: fx.Node, user: fx.Node, op: Op, axis: int, repeat: int) -> tuple[int, int]:
         name, shape = self._first_of(node, user, op)
-        after = _through(self.graph, user, op, shape, axis, repeat)
+        after = through(self.graph, user, op, shape, axis, repeat)
         if after is None:
-            raise _Refused(f"{name} ({op.kind}) {_why(op.kind)}")
+            raise Refused(f"{name} ({op.kind}) {_why(op.kind)}")
         return after
 
     def _first_of(self, node: fx.Node, user: fx.Node, op: Op) -> tuple[str, Shape]:
@@ -334,7 +341,7 @@ class _Stream:
         name, shape = self.graph.name(user), self.graph.shape(node)
         first = op.operands[0] if op.operands else None
         if shape is None or first is None or first.node is not node or _is_own_input(op):
-            raise _Refused(f"{name} ({op.kind}) {_why('add')}")
+            raise Refused(f"{name} ({op.kind}) {_why('add')}")
         return name, shape
 
 
@@ -350,7 +357,7 @@ def _why(kind: str) -> str:
     return "doesn't keep a scale per channel"
 
 
-def _through(
+def through(
     graph: Graph, node: fx.Node, op: Op, shape: Shape, axis: int, repeat: int
 ) -> tuple[int, int] | None:
     """(axis, repeat) of the channels behind an operator; None where it doesn't keep a scale per channel."""

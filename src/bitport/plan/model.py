@@ -96,6 +96,8 @@ class Plan:
     `rescaled`: layer → what its output channels were divided by, float64 [C], and the weights that read them multiplied
     by (`graph.pairs`): the network computes what it did, through other weights.
     `low_rank`: layer → the rank of the product that stands beside it (`graph.beside`) and makes up for its rounding.
+    `rotated`: residual stream, by its first norm → the signs, int8 [C], of the rotation that was merged into the
+    weights around it (`graph.streams`), before those scales were moved.
     """
 
     target: str
@@ -104,6 +106,7 @@ class Plan:
     nodes: Mapping[str, NodePlan]
     rescaled: Mapping[str, torch.Tensor] = field(default_factory=dict)
     low_rank: Mapping[str, int] = field(default_factory=dict)
+    rotated: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, target: str) -> Plan:
@@ -174,6 +177,8 @@ class Plan:
             record["rescaled"] = {name: scales.tolist() for name, scales in self.rescaled.items()}
         if self.low_rank:
             record["low_rank"] = dict(self.low_rank)
+        if self.rotated:
+            record["rotated"] = {name: signs.tolist() for name, signs in self.rotated.items()}
         return record
 
     @classmethod
@@ -194,7 +199,8 @@ class Plan:
                     raise ValueError(f"{node} holds something else than text")
             rescaled = {str(name): _scales(value) for name, value in record.get("rescaled", {}).items()}
             low_rank = {str(name): _rank(value) for name, value in record.get("low_rank", {}).items()}
-            return cls(_text(record["target"]), edges, ties, nodes, rescaled, low_rank)
+            rotated = {str(name): _signs(value) for name, value in record.get("rotated", {}).items()}
+            return cls(_text(record["target"]), edges, ties, nodes, rescaled, low_rank, rotated)
         except (
             FormatError,
             LookupError,
@@ -220,6 +226,13 @@ def _rank(value: Any) -> int:
     if type(value) is not int or value < 1:
         raise ValueError(f"{value!r} is no rank")
     return value
+
+
+def _signs(value: Any) -> torch.Tensor:
+    signs = torch.tensor(value, dtype=torch.float64)
+    if signs.dim() != 1 or not signs.numel() or not bool((signs.abs() == 1).all()):
+        raise ValueError("signs of channels that are no list of 1 and -1")
+    return signs.to(torch.int8)
 
 
 def _text(value: Any) -> str:

@@ -74,7 +74,7 @@ class Subject:
 
     @cached_property
     def counterpart(self) -> Graph:
-        """The reference with its scales moved as in the plan: tensor by tensor what the compressed network rounds."""
+        """The reference rotated and scaled as the plan says: tensor by tensor what the compressed network rounds."""
         return counterpart(self.reference, self.plan)
 
 

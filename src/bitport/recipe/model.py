@@ -38,6 +38,8 @@ AFTER_QUANTIZE = {
     "balanced": ("calibrate", "equalize", "choose_ranges", "gptq", "correct_bias"),
     "best": ("calibrate", "equalize", "choose_ranges", "reconstruct", "gptq", "self_distil", "correct_bias"),
 }
+# Steps of no effort that have a place of their own: where a recipe has one, what follows is added behind it.
+OPTIONAL_BEHIND = {"equalize": ("rotate",)}
 DEFAULT_EFFORT = "fast"
 
 
@@ -227,6 +229,8 @@ class Recipe:
                 if not found:
                     steps.insert(after, StepSpec(use))
                 after = (found[0] if found else after) + 1
+                for optional in OPTIONAL_BEHIND.get(use, ()):
+                    after = next((i + 1 for i in range(after, len(steps)) if steps[i].use == optional), after)
             missing = [use for use in BEFORE_QUANTIZE if use not in [step.use for step in steps[:place]]]
             steps[place:place] = [StepSpec(use) for use in missing]
         expanded = replace(self, steps=tuple(steps), effort=chosen)

@@ -67,6 +67,8 @@ class Context:
         notes: sentences for the report; steps append.
         memo: where a step keeps what it has finished of its layers.
         tried: what a step tried, `{what, outcome, reason}`: what was kept, what was left out, and why; steps append.
+        ahead: the steps that will run behind this one, `(name, options)`, so that a choice can be judged by what they
+            will make of it.
     """
 
     rules: Ruleset
@@ -82,6 +84,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     tried: list[dict[str, str]] = field(default_factory=list)
     memo: Memo = field(default_factory=NoMemo)
+    ahead: Sequence[tuple[str, Mapping[str, Any]]] = ()
     _folded: Graph | None = field(default=None, repr=False)
 
     def remember_folded(self, graph: Graph) -> None:

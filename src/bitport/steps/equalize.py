@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,30 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..errors import BitportError, RecipeError
+from ..errors import RecipeError
 from ..graph import Graph
 from ..graph.pairs import Chain, find, move, move_all, ranges
 from ..numerics.equalize import LARGEST, layer_scales, salience_scales, smoothing_scales, spread
-from ..numerics.error import ErrorStats
 from ..plan import Plan
 from ._base import Context
-from ._judge import Inputs, output_error, parted
-from .calibrate import measure_ranges, supersede
-from .quantize import fit_weights
+from ._judge import Inputs, parted
+from ._rewritten import SAMPLES, nearer, reasons, tell
 
 SPREAD = 4.0  # scales of ordinary layers stay within it of their median: nothing to gain there
 SETTLED = 1.01  # two layers are even
 SWEEPS = 30  # depthwise layers pass a scale on from both sides
 FAR = 12.0  # normal numbers reach five times a norm's usual gain; far beyond is a channel of outliers
-SAMPLES = 256  # to learn norms' scales from and to judge by, a quarter of them
 WORTHLESS = 0.5  # outputs that err this much rank nothing: even channels are then taken for what comes behind
-SAME = 1e-4  # relative; float32 rounds each weight once more
 
 NARROW = 4  # bits of weights up to which the weights of loud inputs are made larger
 SALIENCE, TIMES = 0.25, 3  # power of an input's mean magnitude; as often as it helps, three times at most
 
 LAYERS, NORMS = "equalization across layers", "scales moved out of norms"
 SALIENT = "weights scaled by their inputs' magnitudes"
+NOTHING_BEHIND = "no layer or norm has another layer behind it"
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     Raises GraphError before `calibrate`.
     """
     if not plan.quantized:
-        _tell(context, LAYERS, "left out", "nothing is quantized")
+        tell(context, LAYERS, "left out", "nothing is quantized")
         return graph, plan
     for tie in plan.measured().values():
         tie.parameters()
@@ -75,17 +71,22 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     layers = [chain for chain in chains if not chain.norm]
     norms = [chain for chain in chains if chain.norm and options.smooth]
     if not layers and not norms:
-        _tell(context, LAYERS, "left out", f"no scale can move: {_reasons(refused)}")
+        tell(
+            context,
+            LAYERS,
+            "left out",
+            f"no scale can move: {reasons(refused, 'behind {!r}', NOTHING_BEHIND)}",
+        )
         return graph, plan
     if any(_spread(graph, chain) >= SPREAD for chain in layers):
         graph, plan = _kept(LAYERS, graph, plan, _even(graph, layers), context, options)
     elif layers:
-        _tell(context, LAYERS, "left out", _alike(len(layers), "pairs of layers"))
+        tell(context, LAYERS, "left out", _alike(len(layers), "pairs of layers"))
     uneven = [chain for chain in norms if _has_outliers(graph, plan, chain)]
     if uneven:
         graph, plan = _kept(NORMS, graph, plan, None, context, options, uneven)
     elif norms:
-        _tell(context, NORMS, "left out", _alike(len(norms), "norms"))
+        tell(context, NORMS, "left out", _alike(len(norms), "norms"))
     salient = [chain for chain in norms if _stores_narrow_weights(chain, plan)]
     for _ in range(TIMES if salient else 0):
         before = plan
@@ -221,70 +222,25 @@ def _kept(
         scales = _smooth(graph, norms, context, learnt, options.alpha)
     moved = graph.clone()
     move_all(moved, scales)
-    change = _change(graph, moved, judged[0])
-    if not change <= SAME:
-        _tell(context, what, "left out", f"float32 can't hold it: outputs would change by {change:.1e}")
-        return graph, plan
-    scratch = replace(context, notes=[], tried=[])
-    try:
-        before = output_error(graph, plan, graph, context.arithmetic, judged)
-        fresh = replace(plan, rescaled=_joined(plan.rescaled, scales))
-        fresh = measure_ranges(moved, fit_weights(moved, fresh, scratch), scratch, options.batches)
-        after = output_error(moved, fresh, graph, context.arithmetic, judged)
-    except BitportError as error:
-        _tell(context, what, "left out", f"its weights or activations can't be stored: {error}")
-        return graph, plan
-    found = (
-        f"error of the simulated outputs {before:.3g} without, {after:.3g} with it, on calibration data held back; "
-        f"scales behind {len(scales)} layers"
+    recorded = replace(plan, rescaled=_joined(plan.rescaled, scales))
+    return nearer(
+        what,
+        graph,
+        plan,
+        moved,
+        recorded,
+        graph,
+        context,
+        judged,
+        batches=options.batches,
+        where=f"; scales behind {len(scales)} layers",
+        worthless=WORTHLESS,
     )
-    if not after < before and before < WORTHLESS:
-        _tell(context, what, "left out", found)
-        return graph, plan
-    supersede(graph, plan, context, scratch)
-    _tell(context, what, "kept", found)
-    if after < before:
-        context.notes.append(f"{what} lowered the output error from {before:.3g} to {after:.3g}")
-    return moved, fresh
 
 
 def _joined(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**old, **{name: scales * old.get(name, 1.0) for name, scales in new.items()}}
 
 
-def _change(graph: Graph, moved: Graph, inputs: Sequence[Tensor]) -> float:
-    """‖moved − float‖ / ‖float‖ over all outputs."""
-    stats = ErrorStats()
-    with torch.no_grad():
-        for real, found in zip(graph.run(*inputs), moved.run(*inputs), strict=True):
-            if real.is_floating_point():
-                stats.update(real, found)
-    return 0.0 if stats.noise == 0 else (stats.noise / stats.signal) ** 0.5 if stats.signal else float("inf")
-
-
-# ------------------------------------------------------------------------------------------------ words
-
-
-def _tell(context: Context, what: str, outcome: str, reason: str) -> None:
-    context.tried.append({"what": what, "outcome": outcome, "reason": reason})
-
-
 def _alike(count: int, of: str) -> str:
     return f"ranges are alike: the channels of {count} {of} lie within {SPREAD:g} times of their median"
-
-
-def _reasons(refused: dict[str, str]) -> str:
-    """The most frequent reasons, each with the first layer that has it."""
-    if not refused:
-        return "no layer or norm has another layer behind it"
-    kinds = Counter(_kind(why) for why in refused.values()).most_common(3)
-    return "; ".join(f"behind {_first(refused, kind)}" for kind, _ in kinds)
-
-
-def _kind(why: str) -> str:
-    return why.partition(") ")[2] or why
-
-
-def _first(refused: dict[str, str], kind: str) -> str:
-    name, why = next((name, why) for name, why in refused.items() if _kind(why) == kind)
-    return f"{name!r} {why}"
