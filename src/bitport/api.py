@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import artifact as artifacts
-from . import metrics, registry, store
+from . import metrics, registry, store, synthetic
 from .artifact import Artifact, make_target
 from .checkpoint import Checkpoint, identity, keeping, run_steps
 from .data import Batch, Source, open_data, read_arrays
@@ -117,7 +117,7 @@ def compress(
         graph: from `load`; never modified.
         recipe: a preset's name, a `Recipe`, or the path of a `.toml` file.
         target: the runtime's name (`bitport list targets`).
-        data: calibration batches; labels are ignored.
+        data: calibration batches; labels are ignored. "synthetic": inputs are made up (`synthetic.inputs`).
         train, teacher: for steps that train.
         evaluation: batches that judge the result; without them the calibration data is used, without labels.
         metric: name or `Metric`; default: top1 with integer labels, agreement with the float network without.
@@ -140,7 +140,16 @@ def compress(
     check_weights(graph.gm)  # they may have been changed since the network was loaded
     _check_precision(graph)
     explicit, runtime = prepare(recipe, target, effort)
-    calibration = source(data, graph, explicit, "calibration", "ignored")
+    made_up = isinstance(data, str) and data == synthetic.WORD
+    if made_up and evaluation is None and max_drop is not None:
+        raise DataError("max_drop can't be judged on synthetic data: give evaluation data as well")
+    calibration = source(
+        synthetic.inputs(graph, seed, progress) if made_up else data,
+        graph,
+        explicit,
+        "calibration",
+        "ignored",
+    )
     judged = (
         source(evaluation, graph, explicit, "evaluation", "optional")
         if evaluation is not None
@@ -198,7 +207,7 @@ def compress(
             record["plain_reason"] = f"{changed!r} changed the network on purpose before it was quantized"
         record["notes"] = [
             *context.notes,
-            *doubts.of_data(calibration, judged, evaluation is not None),
+            *doubts.of_data(calibration, judged, evaluation is not None, made_up),
             *(note for data in given for note in doubts.of_scale(data, graph.examples, "the example inputs")),
             *doubts.of_task(record["task"], graph),
             *doubts.of_limit(max_drop, chosen),

@@ -83,7 +83,12 @@ def inspect(model: str, target: str | None, nonfinite: str, as_json: bool) -> No
 @click.option(
     "--recipe", required=True, metavar="R", help="Preset (see 'bitport list recipes') or .toml file."
 )
-@click.option("--data", required=True, metavar="D", help="Calibration data; labels are ignored.")
+@click.option(
+    "--data",
+    required=True,
+    metavar="D",
+    help="Calibration data; labels are ignored. 'synthetic': inputs are made up, as a last resort.",
+)
 @click.option("--train", metavar="D", help="Training data, for recipes that train.")
 @click.option("--eval", "evaluation", metavar="D", help="Evaluation data: decides whether the result holds.")
 @click.option(

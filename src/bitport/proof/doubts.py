@@ -22,10 +22,13 @@ OTHER_SCALE = (
 )
 
 
-def of_data(calibration: Source, judged: Source, has_evaluation: bool) -> list[str]:
+def of_data(calibration: Source, judged: Source, has_evaluation: bool, made_up: bool = False) -> list[str]:
     """Doubts about the data that ranges were measured on and the result was judged by."""
     notes = []
-    if not has_evaluation:
+    if made_up:
+        also = "" if has_evaluation else ", and the result was judged on them: no figure here is of real data"
+        notes.append(f"the calibration data is made up: ranges were measured on synthetic inputs{also}")
+    elif not has_evaluation:
         notes.append(
             "judged on the calibration data (no evaluation data was given): the real loss may be larger"
         )
