@@ -38,7 +38,7 @@ from .targets._base import Target
 
 __all__ = ["compress", "inspect", "load", "report", "targets", "verify"]
 
-SAME_FUNCTION = ("fold", "equalize")  # steps that only rewrite a network
+SAME_FUNCTION = ("fold", "equalize", "rotate")  # steps that only rewrite a network
 LARGEST_DROP = 1e15  # beyond it nothing is judged, and figures of it don't fit into a report
 REPORT_BYTES = 8 * 2**20
 
