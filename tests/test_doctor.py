@@ -75,7 +75,7 @@ def test_a_planted_layer_is_found_and_cured(
     case = PLANTED[name]()
     artifact = compressed(case.model, case.recipe, tmp_path / "bad")
     content = small.content(artifact.path)
-    found = bitport.diagnose(artifact.path, data(), top=1)
+    found = bitport.diagnose(artifact.path, data(), top=2)
     assert small.content(artifact.path) == content
     top = [row["layer"] for row in found.record["culprits"][:2]]
     assert set(case.culprit) & set(top)
