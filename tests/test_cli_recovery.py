@@ -93,7 +93,7 @@ def test_an_artifact_without_integers_is_refused(here: Path) -> None:
 
 
 def test_dequantize_gives_floats_that_can_be_compressed_again(here: Path) -> None:
-    artifact = small.compressed(here / "first", recipe="int4-weights")
+    artifact = small.compressed(here / "first", recipe="int4-weights", effort="plain")
     x, y = small.patterns(64, seed=7)
     found = document("dequantize", "first", "--data", "my_data:data", "--out", "sub/floats.pt2")
     assert found["model"] == "sub/floats.pt2" and found["corrected"] is True

@@ -115,7 +115,7 @@ def environment(name: str, folder: Path) -> tuple[Path | None, str]:
 def sources(name: str) -> str:
     """A digest of what an entrant's results depend on."""
     files = [HERE / "common.py", ROOT / "bench" / "subjects.py", *sorted((HERE / name).glob("*"))]
-    if "import choice" in (HERE / name / "run.py").read_text():
+    if any("import choice" in path.read_text() for path in (HERE / name).glob("*.py")):
         files.append(HERE / "choice.py")
     if name == OWN:
         files += sorted((ROOT / "src").rglob("*.py"))

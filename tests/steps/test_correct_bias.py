@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from bitport.numerics.codes import encode
 from bitport.plan.constants import grid_of
+from bitport.recipe import Override
 
 NARROW = {"format": "int2", "granularity": "channel"}
 GROUPS = {"format": "int2", "granularity": "group", "group": 9, "symmetric": False}
@@ -80,6 +81,25 @@ def test_weights_with_two_readers_keep_their_scale() -> None:
     found = Stepped("correct_bias", net, x, "onnxruntime", {}, weights=NARROW)
     before, after = (plan.ties["a.weight"].parameters()[0] for plan in (found.plain.plan, found.plan))
     assert torch.equal(before, after)
+
+
+def test_weights_that_a_float_operator_reads_too_keep_their_numbers() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(20, 12), nn.Linear(12, 20)
+            self.head.weight = self.table.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.table(x)))
+
+    x = [torch.randint(0, 20, (16, 6)) for _ in range(4)]
+    kept = [Override(op="embedding", weights={"format": "float32"})]
+    found = Stepped(
+        "correct_bias", Tied(), x, "onnxruntime", {}, weights=NARROW, activations={"format": "float32"},
+        overrides=kept,
+    )  # fmt: skip
+    assert torch.equal(found.graph.tensor("table.weight"), found.plain.graph.tensor("table.weight"))
 
 
 def test_networks_without_biases_are_left_alone() -> None:

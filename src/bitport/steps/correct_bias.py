@@ -85,7 +85,7 @@ class _Measuring(Abreast):
     """Layer by layer: what a layer reads has gone through the layers that are corrected already."""
 
     def run(self, spread: bool) -> tuple[Graph, Plan]:
-        readers = readers_of(self.work, self.plan)
+        readers = readers_of(self.work)
         for real, node in self.walk():
             name = self.work.name(node) if node.op.startswith("call") else ""
             op = self.work.op(node) if name else None
