@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from bitport.numerics.codes import encode
 from bitport.plan.constants import grid_of
 from bitport.recipe import Override
+from bitport.steps import correct_bias
 
 NARROW = {"format": "int2", "granularity": "channel"}
 GROUPS = {"format": "int2", "granularity": "group", "group": 9, "symmetric": False}
@@ -83,7 +84,7 @@ def test_weights_with_two_readers_keep_their_scale() -> None:
     assert torch.equal(before, after)
 
 
-def test_weights_that_a_float_operator_reads_too_keep_their_numbers() -> None:
+def test_weights_that_a_float_operator_reads_too_keep_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -94,11 +95,14 @@ def test_weights_that_a_float_operator_reads_too_keep_their_numbers() -> None:
             return self.head(F.relu(self.table(x)))
 
     x = [torch.randint(0, 20, (16, 6)) for _ in range(4)]
+    errors = iter([0.3, 0.2, 0.1])  # without, analytic, measured
+    monkeypatch.setattr(correct_bias, "output_error", lambda *rest: next(errors))
     kept = [Override(op="embedding", weights={"format": "float32"})]
     found = Stepped(
         "correct_bias", Tied(), x, "onnxruntime", {}, weights=NARROW, activations={"format": "float32"},
         overrides=kept,
     )  # fmt: skip
+    assert [row["outcome"] for row in found.tried if row["what"] == "bias correction"] == ["kept"]
     assert torch.equal(found.graph.tensor("table.weight"), found.plain.graph.tensor("table.weight"))
 
 

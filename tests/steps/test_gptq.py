@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bitport.errors import RecipeError
 from bitport.graph import Graph
 from bitport.plan import Plan
-from bitport.recipe import Recipe, StepSpec
+from bitport.recipe import Override, Recipe, StepSpec
 from bitport.steps import gptq
 from bitport.steps._base import make
 from bitport.steps._judge import output_error, parted
@@ -150,6 +150,20 @@ def test_shared_weights_are_left_to_plain_rounding() -> None:
     assert "several operators share its weights" in " ".join(left_out(both).values())
     assert torch.equal(both.graph.tensor("a.weight"), both.plain.reference.tensor("a.weight"))
     assert not torch.equal(both.graph.tensor("b.weight"), both.plain.reference.tensor("b.weight"))
+
+
+def test_weights_that_a_float_operator_reads_too_are_left_to_plain_rounding() -> None:
+    table = nn.Embedding(20, 12)
+    head = nn.Linear(12, 20)
+    head.weight = table.weight
+    both = Both(
+        Net(lambda m, x: m.head(F.relu(m.table(x))), table=table, head=head),
+        [torch.randint(0, 20, (16, 6)) for _ in range(4)],
+        weights=NARROW,
+        activations=FLOAT,
+        overrides=[Override(op="embedding", weights=FLOAT)],
+    )
+    assert left_out(both) == {"head": "several operators share its weights or their scale"}
 
 
 def test_other_paddings_and_long_rows_are_left_to_plain_rounding() -> None:

@@ -71,12 +71,9 @@ def affordable(graph: Graph, batches: Sequence[Inputs]) -> list[Inputs]:
     return [batches[int(index)] for index in spread_evenly(len(batches), count)]
 
 
-def readers_of(graph: Graph, plan: Plan | None = None) -> Counter[int]:
-    """How many operators read a tensor, by its identity; with a plan only of tensors that it stores as weights."""
-    stored = None
-    if plan is not None:
-        stored = {edge.producer for edge, tie in plan.edges.items() if plan.ties[tie].source == "weight"}
-    names = constant_names(graph) if stored is None else stored
+def readers_of(graph: Graph) -> Counter[int]:
+    """How many operators read a tensor, by its identity: under whatever name it is tied."""
+    names = constant_names(graph)
     return Counter(id(graph.tensor(edge.producer)) for edge in graph.edges() if edge.producer in names)
 
 

@@ -160,7 +160,7 @@ def layers_of(graph: Graph, plan: Plan, options: Options) -> tuple[list[Layer], 
     """The layers to solve for, in order; and those left out, by reason."""
     layers: list[Layer] = []
     left: dict[str, list[str]] = {}
-    readers = readers_of(graph, plan)
+    readers = readers_of(graph)
     for node in graph.nodes():
         name, op = graph.name(node), graph.op(node)
         tie = _weight_tie(plan, name, op)

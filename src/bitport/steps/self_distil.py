@@ -90,7 +90,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
 def _learned_codes(graph: Graph, plan: Plan) -> dict[str, tuple[str, StraightCodes]]:
     """Weight → (tie, its codes), of weights that one operator reads, as integers on a grid of their own."""
     found: dict[str, tuple[str, StraightCodes]] = {}
-    readers = readers_of(graph, plan)
+    readers = readers_of(graph)
     for edge, name in plan.edges.items():
         tie = plan.ties[name]
         if (
