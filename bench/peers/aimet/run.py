@@ -86,9 +86,8 @@ def images(job: dict[str, Any], model: nn.Module, batches: list[Tensor]) -> tupl
 def text(job: dict[str, Any], model: nn.Module, batches: list[Tensor]) -> tuple[Any, str]:
     cell = job["cell"]
     sim = simulated(model, batches[0][:2], cell)
-    kinds = (nn.Linear,)
     set_blockwise_quantization_for_weights(
-        sim, kinds, cell["weights"], symmetric=False, block_size=cell["group"]
+        sim, [nn.Linear], cell["weights"], symmetric=False, block_size=cell["group"]
     )
     for module in sim.model.modules():
         for name in ("input_quantizers", "output_quantizers"):
