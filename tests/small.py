@@ -9,7 +9,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import bitport
 from bitport import api
+from bitport.numerics.error import ErrorStats
 from bitport.proof import cost
 
 SOURCE = Path(bitport.__file__).parents[1]
@@ -159,3 +160,28 @@ def compressed(out: Path, target: str = "null", **options: Any) -> bitport.Artif
     graph = bitport.load(tiny(), patterns(1)[0])
     given: dict[str, Any] = {"data": calibration(), "evaluation": evaluation(), **options}
     return bitport.compress(graph, given.pop("recipe", "int8"), target=target, out=out, **given)
+
+
+def decibels(net: nn.Module, found: object, x: Tensor) -> float:
+    """Signal against noise of a network's outputs, all batches as one."""
+    assert isinstance(found, Tensor)
+    stats = ErrorStats()
+    with torch.no_grad():
+        stats.update(net(x), found)
+    return stats.sqnr_db
+
+
+def assert_same_bytes(make: Callable[[Path], object], place: Path) -> None:
+    """What decides a result is the same to the byte when it is made twice."""
+    for name in ("a", "b"):
+        make(place / name)
+    first, second = (content(place / name) for name in ("a", "b"))
+    for file in ("plan.json", "graph.pt2", "statistics.safetensors", "recipe.toml"):
+        assert first[file] == second[file], file
+
+
+def assert_read_back(artifact: bitport.Artifact, data: Sequence[Tensor]) -> None:
+    """Verified, an artifact shows what its proof has."""
+    again, record = bitport.verify(artifact.path, data), artifact.measurements
+    for part in ("layers", "parity", "distributions"):
+        assert again[part] == record[part], part

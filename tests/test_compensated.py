@@ -14,7 +14,6 @@ import bitport
 from bitport import Recipe
 from bitport.checkpoint import Checkpoint, State
 from bitport.graph.beside import names_beside
-from bitport.numerics.error import ErrorStats
 from bitport.recipe.model import StepSpec
 
 WEIGHTS = {"format": "int3", "granularity": "group", "group": 32, "symmetric": False}
@@ -64,10 +63,8 @@ def compressed(out: Path, target: str = "null", *more: StepSpec, options: Any = 
     return bitport.compress(graph, recipe, target=target, data=data(), metric="mse", effort="plain", out=out)
 
 
-def decibels(found: Any) -> float:
-    stats = ErrorStats()
-    stats.update(network()(inputs(seed=9)).detach(), found)
-    return stats.sqnr_db
+def decibels(found: object) -> float:
+    return small.decibels(network(), found, inputs(seed=9))
 
 
 @pytest.mark.parametrize("target", ["null", "onnxruntime"])
@@ -127,11 +124,7 @@ def test_behind_gptq_and_corrected_biases_it_adds_to_them(tmp_path: Path) -> Non
 
 
 def test_the_same_call_gives_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        compressed(tmp_path / name)
-    first, second = (small.content(tmp_path / name) for name in ("a", "b"))
-    for file in ("plan.json", "graph.pt2", "statistics.safetensors", "recipe.toml"):
-        assert first[file] == second[file], file
+    small.assert_same_bytes(compressed, tmp_path)
 
 
 def test_a_checkpoint_keeps_it(tmp_path: Path) -> None:

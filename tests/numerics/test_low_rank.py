@@ -11,7 +11,7 @@ from torch import Tensor
 from bitport.errors import DataError
 from bitport.formats import Format
 from bitport.numerics.codes import decode, encode, fit
-from bitport.numerics.low_rank import Factors, compensation
+from bitport.numerics.low_rank import Factors, compensation, weighed_energy
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
@@ -119,3 +119,9 @@ def test_silent_inputs_take_no_part() -> None:
 def test_what_cannot_be_is_named(scale: Tensor | None, rank: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         compensation(error(6, 9), scale, rank)
+
+
+def test_energy_is_weighed_by_input() -> None:
+    values = torch.tensor([[1.0, 2.0], [3.0, -4.0]])
+    assert weighed_energy(values, None) == 30
+    assert weighed_energy(values, torch.tensor([2.0, 0.0])) == 40

@@ -59,6 +59,21 @@ def test_the_map_gives_a_tensor_the_wanted_moments() -> None:
     torch.testing.assert_close((gain[:, None] * spoilt + shift[:, None]).float(), y, rtol=1e-5, atol=1e-5)
 
 
+def test_without_spread_only_means_are_wanted() -> None:
+    mean, deviation = torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.5])
+    gain, shift = matching(mean, deviation, torch.zeros(2), torch.ones(2), spread=False)
+    assert gain.tolist() == [1.0, 1.0] and shift.tolist() == [3.0, 1.0]
+
+
+def test_the_root_mean_square_is_that_of_the_whole() -> None:
+    x, found = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)) + 2, ChannelMoments()
+    found.update(x[:, :15], 0)
+    found.update(x[:, 15:], 0)
+    torch.testing.assert_close(
+        found.root_mean_square(), x.double().square().mean(1).sqrt(), rtol=1e-6, atol=0
+    )
+
+
 def test_gains_are_bounded_and_constants_are_only_shifted() -> None:
     wanted = torch.tensor([10.0, 0.01, 0.0, 1.0, 0.0])
     found = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])

@@ -22,6 +22,7 @@ from ..errors import GraphError
 from ..numerics.equalize import input_ranges, output_ranges, scale_inputs, scale_outputs
 from .graph import Graph
 from .match import Op
+from .reading import uses_of
 from .shapes import Shape
 
 LAYERS = ("conv", "conv_transpose", "linear")
@@ -79,16 +80,6 @@ Uses = Counter[int]
 
 class Refused(Exception):
     """Why the channels of a tensor can't be changed together with the layers around it."""
-
-
-def uses_of(graph: Graph) -> Uses:
-    """How many operands each parameter and buffer is."""
-    uses: Uses = Counter()
-    for node in graph.nodes():
-        for operand in graph.op(node).operands:
-            if operand is not None and operand.tensor is not None:
-                uses[id(graph.tensor(operand.tensor))] += 1
-    return uses
 
 
 def find(graph: Graph) -> tuple[list[Chain], dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -34,6 +35,12 @@ def constant_names(graph: Graph) -> frozenset[str]:
     parameters = graph.gm.named_parameters(remove_duplicate=False)
     buffers = graph.gm.named_buffers(remove_duplicate=False)
     return frozenset(name for name, _ in (*parameters, *buffers))
+
+
+def uses_of(graph: Graph) -> Counter[int]:
+    """How many operands and outputs each parameter or buffer is, by its identity: under whatever name it is tied."""
+    names = constant_names(graph)
+    return Counter(id(graph.tensor(edge.producer)) for edge in graph.edges() if edge.producer in names)
 
 
 def first_name(graph: Graph, tensor: str) -> str:

@@ -26,7 +26,8 @@ from ..numerics.rotation import rotation, turned
 from .graph import Graph
 from .match import Op, Operand
 from .norms import SIZES, Norm, find_norms
-from .pairs import SUMS, Refused, Uses, own, through, uses_of
+from .pairs import SUMS, Refused, Uses, own, through
+from .reading import uses_of
 from .shapes import Shape
 
 AFFINE = frozenset(  # what keeps a constant, too, and so passes on the bias of a norm

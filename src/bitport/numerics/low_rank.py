@@ -69,4 +69,10 @@ def compensation(error_OK: Tensor, scale_K: Tensor | None, rank: int) -> Factors
     up, down = (taken, taken.T @ weighed) if wide else (weighed @ taken, taken.T)
     removed = float((down if wide else up).square().sum())
     down = torch.where(scale > 0, down / scale, 0.0)
-    return Factors(up.float(), down.float(), removed, float(weighed.square().sum()))
+    return Factors(up.float(), down.float(), removed, weighed_energy(error, scale))
+
+
+def weighed_energy(values_OK: Tensor, scale_K: Tensor | None) -> float:
+    """‖V · diag(s)‖², in float64; s None: all ones."""
+    values = values_OK.detach().double()
+    return float((values if scale_K is None else values * scale_K.double()).square().sum())

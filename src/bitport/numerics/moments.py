@@ -47,16 +47,21 @@ class ChannelMoments:
         variance = (self.squares / self.count - mean.square()).clamp(min=0.0)
         return mean.float(), variance.sqrt().float()
 
+    def root_mean_square(self) -> Tensor:
+        """sqrt(E[x²]), float64 [C]. Raises DataError when nothing was seen."""
+        mean, deviation = self.moments()
+        return (mean.double().square() + deviation.double().square()).sqrt()
+
 
 def matching(
-    mean: Tensor, deviation: Tensor, found_mean: Tensor, found_deviation: Tensor
+    mean: Tensor, deviation: Tensor, found_mean: Tensor, found_deviation: Tensor, spread: bool = True
 ) -> tuple[Tensor, Tensor]:
     """(gain, shift), float64 [C]: the map after which the found moments are the wanted ones.
 
-    The gain stays within 1/2 … 2, and is 1 for a channel that is constant on either side.
+    The gain stays within 1/2 … 2, and is 1 for a channel that is constant on either side; without `spread` for all.
     """
     wanted, found = deviation.double(), found_deviation.double()
-    alive = (wanted > 0) & (found > 0)
+    alive = (wanted > 0) & (found > 0) & spread
     gain = torch.where(alive, wanted / torch.where(alive, found, 1.0), 1.0).clamp(
         1 / LARGEST_GAIN, LARGEST_GAIN
     )

@@ -7,7 +7,6 @@ batches go through.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import Graph, Op
-from ..graph.reading import constant_names
 from ..numerics.hessian import patches, spread_evenly
 from ..plan import Plan
 from ..simulate import Arithmetic, Run, Simulator
@@ -69,12 +67,6 @@ def affordable(graph: Graph, batches: Sequence[Inputs]) -> list[Inputs]:
         graph.run(*batches[0], on_value=look)
     count = max(1, MOST // max(1, ALIVE * largest))
     return [batches[int(index)] for index in spread_evenly(len(batches), count)]
-
-
-def readers_of(graph: Graph) -> Counter[int]:
-    """How many operators read a tensor, by its identity: under whatever name it is tied."""
-    names = constant_names(graph)
-    return Counter(id(graph.tensor(edge.producer)) for edge in graph.edges() if edge.producer in names)
 
 
 def has_rows(op: Op) -> bool:

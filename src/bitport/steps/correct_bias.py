@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import Edge, Graph, Op
-from ..graph.reading import present
+from ..graph.reading import present, uses_of
 from ..numerics.bias import analytic_bias, shifted_bias
 from ..numerics.moments import ChannelMoments, matching
 from ..plan import Plan, TensorPlan
 from ..plan.constants import settle, stored_values
-from ._abreast import Abreast, has_rows, readers_of, rows_of
+from ._abreast import Abreast, has_rows, rows_of
 from ._base import Context
 from ._judge import output_error, parted
 from .calibrate import room_for_biases
@@ -85,7 +85,7 @@ class _Measuring(Abreast):
     """Layer by layer: what a layer reads has gone through the layers that are corrected already."""
 
     def run(self, spread: bool) -> tuple[Graph, Plan]:
-        readers = readers_of(self.work)
+        readers = uses_of(self.work)
         for real, node in self.walk():
             name = self.work.name(node) if node.op.startswith("call") else ""
             op = self.work.op(node) if name else None
@@ -106,10 +106,8 @@ class _Measuring(Abreast):
         if moments is None:
             return self.plan
         wanted, found = moments
-        gain, shift = matching(*wanted, *found)
         scale = tie.scale
-        if not spread or scale is None or not _along_outputs(tie):
-            gain, shift = torch.ones_like(gain), wanted[0].double() - found[0].double()
+        gain, shift = matching(*wanted, *found, spread and scale is not None and _along_outputs(tie))
         old, values = self.real.tensor(bias).detach(), self.work.tensor(weight).detach()
         self.work.set_tensor(bias, shifted_bias(old, shift, old.dtype))
         if scale is None or bool((gain == 1).all()):

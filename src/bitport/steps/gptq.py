@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from ..errors import DataError, RecipeError
 from ..graph import Edge, Graph, Op
+from ..graph.reading import uses_of
 from ..numerics.codes import decode, encode
 from ..numerics.error import sqnr_db
 from ..numerics.gptq import by_rows, solve, spans
@@ -19,7 +20,7 @@ from ..numerics.hessian import InputMoments, damped, shifted
 from ..plan import Plan, TensorPlan
 from ..plan.constants import grid_of, settle
 from . import correct_bias
-from ._abreast import Abreast, has_rows, readers_of, rows_of
+from ._abreast import Abreast, has_rows, rows_of
 from ._base import Context
 from ._judge import Inputs, output_error, parted, samples_in
 from .calibrate import room_for_biases
@@ -160,7 +161,7 @@ def layers_of(graph: Graph, plan: Plan, options: Options) -> tuple[list[Layer], 
     """The layers to solve for, in order; and those left out, by reason."""
     layers: list[Layer] = []
     left: dict[str, list[str]] = {}
-    readers = readers_of(graph)
+    readers = uses_of(graph)
     for node in graph.nodes():
         name, op = graph.name(node), graph.op(node)
         tie = _weight_tie(plan, name, op)

@@ -12,13 +12,13 @@ from torch import Tensor, fx
 from ..errors import BitportError, RecipeError
 from ..graph import Edge, Graph, Op
 from ..graph.beside import is_free, names_beside, put_beside
+from ..graph.reading import uses_of
 from ..numerics.bias import analytic_bias
 from ..numerics.grid import storage_bits
-from ..numerics.low_rank import Factors, compensation
+from ..numerics.low_rank import Factors, compensation, weighed_energy
 from ..numerics.moments import ChannelMoments
 from ..plan import NodePlan, Plan
 from ..plan.constants import grid_of, stored_values
-from ._abreast import readers_of
 from ._base import Context
 from ._judge import Inputs, output_error, parted, samples_in
 from .gptq import listed
@@ -141,7 +141,7 @@ def layers_of(graph: Graph, plan: Plan) -> tuple[list[Layer], dict[str, list[str
     """The layers that a product can stand beside, in order; and those with narrow weights left out, by reason."""
     layers: list[Layer] = []
     left: dict[str, list[str]] = {}
-    readers = readers_of(graph)
+    readers = uses_of(graph)
     producers = {edge.producer for edge in plan.edges}
     for node in graph.nodes():
         name, op = graph.name(node), graph.op(node)
@@ -207,15 +207,14 @@ def _products(
         for layer in layers:
             weight = real.tensor(layer.weight).detach()
             stored = stored_values(graph, plan, layer.weight, layer.tie)
-            mean, deviation = seen[layer.source].moments() if layer.source in seen else (None, None)
-            scale = None
-            if options.weigh and mean is not None and deviation is not None:
-                scale = (mean.double().square() + deviation.double().square()).sqrt()
+            moments = seen.get(layer.source)
+            scale = moments.root_mean_square() if options.weigh and moments is not None else None
             rank = int(options.rank) if options.rank >= 1 else max(1, round(options.rank * min(weight.shape)))
             factors = compensation(weight.double() - stored.double(), scale, rank)
-            signal = float((weight.double() * (1.0 if scale is None else scale)).square().sum())
+            signal = weighed_energy(weight, scale)
             bias = None
-            if layer.bias is not None and mean is not None:
+            if layer.bias is not None and moments is not None:
+                mean = moments.moments()[0]
                 now = stored.double() + factors.up_Or.double() @ factors.down_rK.double()
                 bias = analytic_bias(real.tensor(layer.bias).detach(), weight, now.float(), mean.double(), 1)
             found.append(_Product(layer, factors, factors.total / signal if signal else 0.0, bias))

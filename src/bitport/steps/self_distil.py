@@ -11,13 +11,12 @@ from torch import Tensor, fx
 from ..errors import RecipeError
 from ..fake import Fake
 from ..graph import Edge, Graph
-from ..graph.reading import is_float
+from ..graph.reading import is_float, uses_of
 from ..numerics.codes import encode
 from ..numerics.rows import restore, rows
 from ..numerics.soft import StraightCodes, blended, relative_error
 from ..plan import Plan, TensorPlan
 from ..plan.constants import grid_of, settle
-from ._abreast import readers_of
 from ._base import Context
 from ._judge import Inputs, has_batches, output_error, parted, samples_in
 from .calibrate import room_for_biases
@@ -90,7 +89,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
 def _learned_codes(graph: Graph, plan: Plan) -> dict[str, tuple[str, StraightCodes]]:
     """Weight → (tie, its codes), of weights that one operator reads, as integers on a grid of their own."""
     found: dict[str, tuple[str, StraightCodes]] = {}
-    readers = readers_of(graph)
+    readers = uses_of(graph)
     for edge, name in plan.edges.items():
         tie = plan.ties[name]
         if (
@@ -171,7 +170,7 @@ class _Student:
         """Biases, and the gains of norms: parameters of operators that no plan stores on a grid of their own."""
         found: dict[str, Tensor] = {}
         parameters = {name for name, _ in self.graph.gm.named_parameters()}
-        readers = readers_of(self.graph)
+        readers = uses_of(self.graph)
         for node in self.graph.nodes():
             name, op = self.graph.name(node), self.graph.op(node)
             for slot, operand in enumerate(op.operands):
