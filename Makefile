@@ -46,7 +46,7 @@ bench: $(VENV)/core.stamp
 	$(BIN)/python -m bench.run --write docs/benchmarks.md
 
 contest: $(VENV)/test.stamp
-	$(BIN)/python -m bench.peers.contest --write docs/benchmarks.md
+	$(BIN)/python -m bench.peers.contest --record --write docs/benchmarks.md
 
 picture: $(VENV)/test.stamp
 	$(BIN)/bitport demo

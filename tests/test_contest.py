@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bench import subjects
-from bench.peers import cells, contest, page
+from bench.peers import cells, contest, page, records
 from bench.peers.cells import Cell
 from bench.peers.contest import Job
 from bench.peers.judge import Entry, Standing, at_or_above, loss, pooled, scores
@@ -292,3 +292,67 @@ def test_a_twin_is_the_same_function_with_channels_far_apart(make: Any, rescale:
     weights = [norm.weight.detach().abs() for norm in norms]
     spread = max(float(weight.max() / weight.min()) for weight in weights)
     assert spread > 20
+
+
+# --------------------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize("found", [wrong(13), -np.linspace(0, 3, 96), np.zeros(3), np.ones(9)])
+def test_scores_survive_their_record(found: Any) -> None:
+    kept = records.unpack(records.pack(found))
+    assert kept.dtype == np.float64 and np.allclose(kept, found, atol=1e-6) and len(kept) == len(found)
+
+
+def test_a_record_is_told_apart_by_the_weights_of_its_network(tmp_path: Path) -> None:
+    states = [{"a": torch.ones(3)}, {"a": torch.ones(3)}, {"a": torch.zeros(3)}, {"b": torch.ones(3)}]
+    for index, state in enumerate(states):
+        torch.save(state, tmp_path / f"{index}.pt")
+    first, same, *others = (records.digest(tmp_path / f"{index}.pt") for index in range(4))
+    assert first == same and first not in others and others[0] != others[1]
+
+
+@pytest.fixture
+def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A job whose run has left outputs for four images, three of them right."""
+    np.save(tmp_path / "labels.npy", np.array([0, 1, 0, 1]))
+    monkeypatch.setattr(cells, "data_of", lambda *given: {"labels": tmp_path / "labels.npy"})
+    job = Job("other", "thin", 0, Cell("W4A4", 4, 4))
+    job.place(tmp_path).mkdir(parents=True)
+    np.save(job.place(tmp_path) / "outputs.npy", np.eye(2, dtype=np.float32)[[0, 1, 0, 0]])
+    return job
+
+
+def test_outputs_are_scored_once_and_not_kept(judged: Job, tmp_path: Path) -> None:
+    found = contest.scored(judged, tmp_path, {"seconds": 1.0, "key": "k"})
+    assert records.unpack(found["scores"]).tolist() == [1, 1, 1, 0]
+    assert not (judged.place(tmp_path) / "outputs.npy").exists()
+    assert contest.scored(judged, tmp_path, found) == found
+    assert json.loads((judged.place(tmp_path) / "record.json").read_text()) == found
+
+
+def test_outputs_that_are_not_finite_have_failed(judged: Job, tmp_path: Path) -> None:
+    np.save(judged.place(tmp_path) / "outputs.npy", np.full((4, 2), np.nan, dtype=np.float32))
+    found = contest.scored(judged, tmp_path, {"seconds": 1.0, "key": "k"})
+    assert found == {"failed": "its outputs are not finite", "key": "k"}
+
+
+def test_records_of_several_seeds_make_one_table(tmp_path: Path) -> None:
+    cell = Cell("W4A4", 4, 4)
+    every = [Job(name, "thin", seed, cell, effort) for seed in (0, 1) for name, effort in
+             (("bitport", "best"), ("peer", None), ("late", None))]  # fmt: skip
+    for seed in (0, 1):
+        ours = {"scores": records.pack(wrong(5)), "versions": {"x": "1"}, "commit": "abc"}
+        theirs = {"scores": records.pack(wrong(40 + seed)), "versions": {"y": "2"}}
+        results = {
+            "bitport-best: W4A4": {"seconds": 1.0, **ours},
+            "peer: W4A4": {"seconds": 2.0, **theirs},
+        }
+        kept = records.Record("digest", "a CPU", records.pack(RIGHT), results)
+        records.write(records.place(tmp_path, "thin", seed), kept)
+    found = {("thin", seed): records.read(records.place(tmp_path, "thin", seed)) for seed in (0, 1)}
+    (standing,) = contest.standings(every, found).values()
+    assert standing.best_peer == "peer" and standing.peers["late"].reason.startswith(
+        "unsupported: it has not run"
+    )
+    assert standing.ours["best"].loss.drop == pytest.approx(0.5) and standing.ours["best"].loss.n == 2000
+    assert contest.versions(every, found) == {"bitport": {"x": "1", "commit": "abc"}, "peer": {"y": "2"}}

@@ -101,3 +101,21 @@ def test_calibration_keeps_no_activations() -> None:
     gc.collect()
     assert sum(ref() is not None for ref in alive) == 0, "an activation outlived its calibration pass"
     assert peak <= 5, "more than a residual block's tensors were alive at once"
+
+
+def test_rough_arithmetic_keeps_integers_and_moves_floats_by_a_last_bit() -> None:
+    net = Net(lambda m, x: F.gelu(m.b(F.relu(m.a(x)))), a=conv(), b=conv(8, 4))
+    prepared = prepare(net, [images(8)])
+    exact = prepared.target.arithmetic()
+    x = images(64)
+    seen: list[dict[str, Tensor]] = []
+    outputs = []
+    for arithmetic in (exact, exact.rough()):
+        taps: dict[str, Tensor] = {}
+        simulator = Simulator(prepared.work, prepared.plan, arithmetic)
+        outputs.append(simulator.run((x,), tap=lambda name, q, taps=taps: taps.setdefault(name, q))[0])
+        seen.append(taps)
+    assert exact.rough().kernels is exact.kernels and not exact.rough().floats
+    integers = [name for name in seen[0] if name in ("x", "a", "b")]
+    assert integers and all(torch.equal(seen[0][name], seen[1][name]) for name in integers)
+    assert torch.allclose(*outputs, rtol=1e-5, atol=1e-6)

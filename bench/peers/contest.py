@@ -13,24 +13,28 @@ import os
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from bench.table import publish_section
+from bitport.targets._base import host
 
-from . import cells, page
+from . import cells, page, records
 from .cells import CELLS, Cell
 from .common import TESTED_AT_ONCE, UNSUPPORTED, built
-from .judge import Entry, Scores, Standing, pooled, scores
+from .judge import Entry, Standing, pooled, scores
+from .records import Record, Result
+
+Records = Mapping[tuple[str, int], Record]  # by network and seed
 
 HERE = Path(__file__).parent
+RECORDS = HERE / "records"
 ROOT = HERE.parents[1]
 OWN = "bitport"
 EFFORTS = ("plain", "fast", "balanced", "best")
@@ -56,6 +60,11 @@ class Job:
     @property
     def name(self) -> str:
         return self.entrant if self.effort is None else f"{self.entrant}-{self.effort}"
+
+    @property
+    def row(self) -> str:
+        """What the result is called in a record of the network."""
+        return f"{self.name}: {self.cell.name}"
 
     def place(self, folder: Path) -> Path:
         return (
@@ -126,10 +135,20 @@ def sources(name: str) -> str:
     return found.hexdigest()
 
 
+@cache
+def commit() -> str:
+    """The commit that is run, with a + where files differ from it; nothing outside a repository."""
+    told = [
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "src", "bench"))
+    ]
+    return told[0] + ("+" if told[1] else "")
+
+
 # --------------------------------------------------------------------------------------------- one run
 
 
-def run(job: Job, folder: Path, *, limit: int = LIMIT, again: bool = False) -> dict[str, Any]:
+def run(job: Job, folder: Path, *, limit: int = LIMIT, again: bool = False) -> Result:
     """The result of a job: what its run left, or {"unsupported": why}, or {"failed": end of the log}.
 
     again: what failed is run once more, too (a busy machine runs out of time).
@@ -138,16 +157,16 @@ def run(job: Job, folder: Path, *, limit: int = LIMIT, again: bool = False) -> d
     record = out / "record.json"
     key = hashlib.sha256(f"{asdict(job)}{sources(job.entrant)}".encode()).hexdigest()
     if record.exists():
-        found: dict[str, Any] = json.loads(record.read_text())
+        found: Result = json.loads(record.read_text())
         if found.get("key") == key and not (again and "failed" in found):
             return found
     out.mkdir(parents=True, exist_ok=True)
-    result = {**_ran(job, out, folder, limit), "key": key}
+    result = {**_ran(job, out, folder, limit), "key": key, "commit": commit()}
     record.write_text(json.dumps(result, indent=1))
     return result
 
 
-def _ran(job: Job, out: Path, folder: Path, limit: int) -> dict[str, Any]:
+def _ran(job: Job, out: Path, folder: Path, limit: int) -> Result:
     python, why = environment(job.entrant, folder)
     if python is None:
         return {"failed": f"its environment can't be made: {why}"}
@@ -184,60 +203,83 @@ def _ran(job: Job, out: Path, folder: Path, limit: int) -> dict[str, Any]:
         return {"unsupported": end.strip().splitlines()[-1] if end.strip() else ""}
     if code or not (out / "result.json").exists():
         return {"failed": end or f"it ended with {code}"}
-    result: dict[str, Any] = json.loads((out / "result.json").read_text())
+    result: Result = json.loads((out / "result.json").read_text())
     return result
 
 
 # --------------------------------------------------------------------------------------------- judging
 
 
-@cache
-def _reference(network: str, seed: int, folder: Path) -> Scores:
-    """Scores of the float network; a twin computes what its original does."""
-    data = cells.data_of(network, seed, folder)
-    place = folder / "data" / f"float-{network}-{seed}.npy"
-    if not place.exists():
-        model = built(network, cells.state_of(network, seed, folder))
-        test = torch.from_numpy(np.load(data["test"]))
-        with torch.no_grad():
-            np.save(place, torch.cat([model(part) for part in torch.split(test, TESTED_AT_ONCE)]).numpy())
-    return scores(np.load(place), np.load(data["labels"]))
+def scored(job: Job, folder: Path, result: Result) -> Result:
+    """A result with the scores of the outputs that its run left, which are too large to be kept themselves."""
+    outputs = job.place(folder) / "outputs.npy"
+    if "seconds" not in result or "scores" in result:
+        return result
+    labels = np.load(cells.data_of(job.network, job.seed, folder)["labels"])
+    found = np.load(outputs)
+    if np.isfinite(found).all():
+        result = {**result, "scores": records.pack(scores(found, labels))}
+    else:
+        result = {"failed": "its outputs are not finite", "key": result["key"]}
+    (job.place(folder) / "record.json").write_text(json.dumps(result, indent=1))
+    outputs.unlink()
+    return result
 
 
-def entry(runs: Sequence[Job], folder: Path) -> Entry:
+def fresh(network: str, seed: int, folder: Path) -> Record:
+    """A record of a float network that nobody has run in yet; a twin computes what its original does."""
+    data, state = cells.data_of(network, seed, folder), cells.state_of(network, seed, folder)
+    model, test = built(network, state), torch.from_numpy(np.load(data["test"]))
+    with torch.no_grad():
+        outputs = torch.cat([model(part) for part in torch.split(test, TESTED_AT_ONCE)]).numpy()
+    reference = records.pack(scores(outputs, np.load(data["labels"])))
+    return Record(records.digest(state), str(host()["cpu"]), reference)
+
+
+def entry(runs: Sequence[Job], found: Records) -> Entry:
     """What one entrant did in one cell, over its seeds."""
-    references, others, seconds = [], [], []
-    last: dict[str, Any] = {}
+    references, others, results = [], [], []
     for job in runs:
-        result = run(job, folder)
+        record = found[job.network, job.seed]
+        result = record.results.get(job.row, {"unsupported": "it has not run"})
         for key in ("unsupported", "failed"):
             if key in result:
                 return Entry(reason=f"{key}: {result[key]}")
-        labels = np.load(cells.data_of(job.network, job.seed, folder)["labels"])
-        outputs = np.load(job.place(folder) / "outputs.npy")
-        if not np.isfinite(outputs).all():
-            return Entry(reason="failed: its outputs are not finite")
-        references.append(_reference(job.network, job.seed, folder))
-        others.append(scores(outputs, labels))
-        seconds.append(float(result["seconds"]))
-        last = result
-    found = pooled(references, others, seconds, text=runs[0].network == "gpt")
-    return replace(found, method=str(last.get("method", "")), where=str(last.get("where", "")))
+        references.append(records.unpack(record.reference))
+        others.append(records.unpack(result["scores"]))
+        results.append(result)
+    seconds = [float(result["seconds"]) for result in results]
+    made = pooled(references, others, seconds, text=runs[0].network == "gpt")
+    return replace(made, method=str(results[-1].get("method", "")), where=str(results[-1].get("where", "")))
 
 
-def standings(every: Sequence[Job], folder: Path) -> dict[tuple[str, Cell], Standing]:
+def standings(every: Sequence[Job], found: Records) -> dict[tuple[str, Cell], Standing]:
     """How each cell stands, in the order of the jobs."""
     by_cell: dict[tuple[str, Cell], dict[str, list[Job]]] = {}
     for job in every:
         by_cell.setdefault((job.network, job.cell), {}).setdefault(job.name, []).append(job)
-    found = {}
+    made = {}
     for (network, cell), entrants in by_cell.items():
         ours = {
-            runs[0].effort or "": entry(runs, folder) for runs in entrants.values() if runs[0].entrant == OWN
+            runs[0].effort or "": entry(runs, found) for runs in entrants.values() if runs[0].entrant == OWN
         }
-        others = {name: entry(runs, folder) for name, runs in entrants.items() if runs[0].entrant != OWN}
-        found[network, cell] = Standing(network == "gpt", ours, others)
-    return found
+        others = {name: entry(runs, found) for name, runs in entrants.items() if runs[0].entrant != OWN}
+        made[network, cell] = Standing(network == "gpt", ours, others)
+    return made
+
+
+def versions(every: Sequence[Job], found: Records) -> dict[str, dict[str, str]]:
+    """What each entrant ran with, by its name; ours with the commit as well."""
+    told: dict[str, dict[str, str]] = {}
+    for job in every:
+        result = found[job.network, job.seed].results.get(job.row, {})
+        if "versions" in result:
+            commit = {"commit": str(result["commit"])} if job.entrant == OWN and "commit" in result else {}
+            told.setdefault(job.entrant, {**result["versions"], **commit})
+    return told
+
+
+# --------------------------------------------------------------------------------------------- all of it
 
 
 def main() -> None:
@@ -246,7 +288,9 @@ def main() -> None:
     parser.add_argument("--entrants", help="names, with commas; default: bitport and all peers")
     parser.add_argument("--networks", default=",".join(CELLS))
     parser.add_argument("--cells", default="", help="names, with semicolons; default: all")
-    parser.add_argument("--seeds", default=",".join(map(str, cells.SEEDS)))
+    parser.add_argument("--seeds", default=",".join(map(str, cells.SEEDS)), help="those on the page")
+    parser.add_argument("--recorded", default="", help="of the seeds: taken from the records, as they are")
+    parser.add_argument("--record", action="store_true", help="keep what ran in the records")
     parser.add_argument(
         "--at-once", type=int, default=1, help="runs side by side: their seconds are no timings then"
     )
@@ -256,41 +300,49 @@ def main() -> None:
     folder = arguments.folder.resolve()
     entrants = arguments.entrants.split(",") if arguments.entrants else [OWN, *peers()]
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    kept = [int(seed) for seed in arguments.recorded.split(",") if seed]
     wanted = [name for name in arguments.cells.split(";") if name]
-    every = list(jobs(entrants, arguments.networks.split(","), wanted, seeds))
+    networks = arguments.networks.split(",")
+    every = list(jobs(entrants, networks, wanted, seeds))
+    found = {
+        (network, seed): _recorded(network, seed) for network in networks for seed in seeds if seed in kept
+    }
+    todo = [job for job in every if job.seed not in kept]
     troubles = {}
-    for name in entrants:
+    for name in entrants if todo else ():
         python, why = environment(name, folder)
         if why:
             troubles[name] = why
         sys.stderr.write(f"{name}: {'ready' if python else 'no environment'}\n")
-    for network in arguments.networks.split(","):
-        for seed in seeds:
-            cells.state_of(network, seed, folder)
-            cells.data_of(network, seed, folder)
+    for key in dict.fromkeys((job.network, job.seed) for job in todo):
+        found[key] = fresh(*key, folder)
     with ThreadPoolExecutor(max_workers=arguments.at_once) as pool:
-        for index, (job, result) in enumerate(
-            zip(every, pool.map(lambda job: run(job, folder, again=arguments.again), every), strict=True), 1
-        ):
+        results = pool.map(lambda job: run(job, folder, again=arguments.again), todo)
+        for index, (job, result) in enumerate(zip(todo, results, strict=True), 1):
+            result = scored(job, folder, result)
+            found[job.network, job.seed].results[job.row] = result
             state = next(
                 (key for key in ("failed", "unsupported") if key in result),
                 f"{result.get('seconds', 0):.1f} s",
             )
             sys.stderr.write(
-                f"{index}/{len(every)} {job.name} {job.network} {job.seed} {job.cell.name}: {state}\n"
+                f"{index}/{len(todo)} {job.name} {job.network} {job.seed} {job.cell.name}: {state}\n"
             )
-    versions = {name: _versions(name, every, folder) for name in entrants}
-    text = page.section(standings(every, folder), versions, seeds, troubles)
+    if arguments.record:
+        for network, seed in dict.fromkeys((job.network, job.seed) for job in todo):
+            records.write(records.place(RECORDS, network, seed), found[network, seed])
+    text = page.section(standings(every, found), versions(every, found), seeds, troubles)
     publish_section(text, arguments.write, page.HEADING)
 
 
-def _versions(name: str, every: Sequence[Job], folder: Path) -> dict[str, str]:
-    for job in every:
-        if job.entrant == name:
-            found = run(job, folder).get("versions")
-            if found:
-                return dict(found)
-    return {}
+def _recorded(network: str, seed: int) -> Record:
+    path = records.place(RECORDS, network, seed)
+    found = records.read(path)
+    if found is None:
+        raise SystemExit(
+            f"seed {seed} of {network} isn't recorded in {path}: leave it out of --recorded to run it"
+        )
+    return found
 
 
 if __name__ == "__main__":

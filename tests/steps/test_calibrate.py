@@ -108,3 +108,13 @@ def test_a_recipe_can_ask_for_the_choice() -> None:
     prepared = prepare(net, [torch.cat([half, -half])], activations={"symmetric": "auto"})
     found = {name: prepared.plan.ties[name].format.symmetric for name in prepared.plan.measured()}
     assert found["x"] and not all(found.values())
+
+
+def test_where_nothing_is_measured_no_data_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images(4)
+    net = Net(lambda m, x: m.a(x.flatten(1)), a=torch.nn.Linear(192, 5))
+    weights = {"format": "int4", "granularity": "group", "group": 32}
+    prepared = prepare(net, [x], weights=weights, activations={"format": "float32"})
+    settings = context(prepared.reference, prepared.target, [x])
+    monkeypatch.setattr(settings, "float_pass", lambda graph: pytest.fail("a float pass"))
+    assert observe(prepared.reference, prepared.plan, settings) == {}

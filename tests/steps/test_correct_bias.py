@@ -96,7 +96,7 @@ def test_weights_that_a_float_operator_reads_too_keep_their_numbers(monkeypatch:
 
     x = [torch.randint(0, 20, (16, 6)) for _ in range(4)]
     errors = iter([0.3, 0.2, 0.1])  # without, analytic, measured
-    monkeypatch.setattr(correct_bias, "output_error", lambda *rest: next(errors))
+    monkeypatch.setattr(correct_bias.Judge, "error", lambda *rest: next(errors))
     kept = [Override(op="embedding", weights={"format": "float32"})]
     found = Stepped(
         "correct_bias", Tied(), x, "onnxruntime", {}, weights=NARROW, activations={"format": "float32"},

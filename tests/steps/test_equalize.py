@@ -243,7 +243,7 @@ def test_a_candidate_that_errs_more_leaves_nothing_behind(monkeypatch: pytest.Mo
     data = batches()
     prepared = prepare(rescale(Separable()), data, weights={"format": "int2"})
     errors = iter([0.1, 0.2])
-    monkeypatch.setattr(_rewritten, "output_error", lambda *_: next(errors))
+    monkeypatch.setattr(_rewritten.Judge, "error", lambda *_: next(errors))
     settings = context(prepared.graph, prepared.target, data)
     settings.notes.append("an older note")
     work = prepared.reference.clone()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bitport.steps import _rewritten, equalize
 from bitport.steps._base import make
-from bitport.steps._judge import output_error
+from bitport.steps._judge import Judge
 from bitport.steps.equalize import LAYERS
 
 
@@ -35,7 +35,7 @@ def test_a_residual_stream_that_lies_far_apart_is_evened_out() -> None:
     assert "a" in plan.rescaled and "c" not in plan.rescaled  # one scale for both
     held = [(x[48:],)]
     errors = [
-        output_error(found, planned, prepared.reference, settings.arithmetic, held)
+        Judge(prepared.reference, settings.arithmetic, held).error(found, planned)
         for found, planned in ((prepared.reference, prepared.plan), (graph, plan))
     ]
     assert errors[1] < 0.2 * errors[0]
@@ -45,7 +45,7 @@ def test_outputs_that_err_too_much_to_rank_anything_keep_even_channels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = iter((2.0, 3.0))
-    monkeypatch.setattr(_rewritten, "output_error", lambda *given: next(found))
+    monkeypatch.setattr(_rewritten.Judge, "error", lambda *given: next(found))
     net = Net(lambda m, x: m.b(torch.relu(m.a(x))), a=conv(3, 8), b=conv(8, 4))
     with torch.no_grad():
         net.a.weight[0] *= 100
@@ -89,7 +89,7 @@ def test_weights_of_loud_inputs_grow_where_they_are_narrow(bits: int, tried: boo
     assert rows[0]["outcome"] == "kept" and 1 <= len(rows) <= equalize.TIMES
     held = [(x[96:],)]
     errors = [
-        output_error(found, planned, prepared.reference, settings.arithmetic, held)
+        Judge(prepared.reference, settings.arithmetic, held).error(found, planned)
         for found, planned in ((prepared.reference, prepared.plan), (graph, plan))
     ]
     assert errors[1] < 0.95 * errors[0]

@@ -17,7 +17,7 @@ from bitport.plan import Plan
 from bitport.recipe import Override, Recipe, StepSpec
 from bitport.steps import gptq
 from bitport.steps._base import make
-from bitport.steps._judge import output_error, parted
+from bitport.steps._judge import Judge, parted
 
 FLOAT = {"format": "float32"}
 GROUPS = {"format": "int3", "granularity": "group", "group": 8, "symmetric": False}
@@ -81,8 +81,8 @@ def test_outputs_are_nearer_on_data_it_has_not_seen(
 
 @pytest.mark.parametrize("activations", [{}, {"format": "int4"}])
 def test_every_integer_still_comes_out_on_the_runtime(activations: dict[str, Any]) -> None:
-    x = mixed(64)
-    both = Both(deep(), list(x.split(16)), weights=NARROW, activations=activations)
+    x = mixed(128)
+    both = Both(deep(), list(x.split(32)), weights=NARROW, activations=activations)
     assert "kept" in [row["outcome"] for row in both.told]
     assert_exact(ship(both.solved, x[:16]))
 
@@ -183,11 +183,11 @@ def test_other_paddings_and_long_rows_are_left_to_plain_rounding() -> None:
 def test_a_result_that_is_worse_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Plan] = []
 
-    def error(candidate: Graph, plan: Plan, *rest: Any) -> float:
+    def error(judge: Judge, candidate: Graph, plan: Plan) -> float:
         seen.append(plan)
         return 0.1 if plan is seen[0] else 0.2
 
-    monkeypatch.setattr(gptq, "output_error", error)
+    monkeypatch.setattr(gptq.Judge, "error", error)
     both = Both(deep(), list(mixed().split(16)), weights=NARROW)
     assert [row["outcome"] for row in both.told] == ["left out"] * 4
     assert "shift 1: error of the simulated outputs 0.1 without, 0.2 with it" in both.told[0]["reason"]
@@ -317,6 +317,6 @@ def test_the_error_of_outputs_is_noise_against_signal() -> None:
     prepared = prepare(net, [torch.randn(8, 6, 12)], weights=NARROW)
     x = (torch.randn(4, 6, 12),)
     arithmetic = prepared.target.arithmetic()
-    found = output_error(prepared.work, prepared.plan, prepared.reference, arithmetic, [x])
+    found = Judge(prepared.reference, arithmetic, [x]).error(prepared.work, prepared.plan)
     assert found == pytest.approx(prepared.real_error(x) ** 2, rel=1e-4)
-    assert output_error(prepared.reference, Plan.empty("null"), prepared.reference, arithmetic, [x]) < 1e-10
+    assert Judge(prepared.reference, arithmetic, [x]).error(prepared.reference, Plan.empty("null")) < 1e-10

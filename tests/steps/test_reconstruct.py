@@ -16,7 +16,7 @@ from bitport.plan import Plan
 from bitport.recipe import Recipe, StepSpec
 from bitport.steps import gptq, reconstruct
 from bitport.steps._base import make
-from bitport.steps._judge import output_error, split_batches
+from bitport.steps._judge import Judge, split_batches
 
 QUICK = {"steps": 80, "batch": 16, "narrow": False}
 NARROW = {"format": "int2", "granularity": "channel"}
@@ -91,7 +91,7 @@ def test_the_better_of_it_and_gptq_is_kept() -> None:
     held = [(batches[-1],)]
 
     def error(graph: Graph, plan: Plan) -> float:
-        return output_error(graph, plan, learned.plain.reference, learned.plain.target.arithmetic(), held)
+        return Judge(learned.plain.reference, learned.plain.target.arithmetic(), held).error(graph, plan)
 
     assert (
         error(learned.graph, learned.plan) <= error(*solved) <= error(learned.plain.work, learned.plain.plan)

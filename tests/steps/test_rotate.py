@@ -92,7 +92,7 @@ def test_scales_that_were_moved_out_of_norms_are_forgotten_with_their_gains() ->
     assert FIRST in plan.rescaled
     with pytest.MonkeyPatch.context() as patch:
         errors = iter([1.0, 0.0])
-        patch.setattr(_rewritten, "output_error", lambda *_: next(errors))
+        patch.setattr(_rewritten.Judge, "error", lambda *_: next(errors))
         work, plan = make("rotate", {})(work, plan, settings)
     assert plan.rotated and not plan.rescaled
     rebuilt = counterpart(prepared.reference, plan).gm.state_dict()
@@ -116,7 +116,7 @@ def test_without_outliers_nothing_is_worse(options: dict[str, Any]) -> None:
 
 def test_a_candidate_that_errs_more_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = iter([0.1, 0.2])
-    monkeypatch.setattr(_rewritten, "output_error", lambda *_: next(errors))
+    monkeypatch.setattr(_rewritten.Judge, "error", lambda *_: next(errors))
     found = Stepped("rotate", Embedded(), sequences(2), "null", {})
     assert found.plan is found.plain.plan
     assert outcome(found.tried)[0] == "left out"
@@ -224,7 +224,7 @@ def test_the_runtime_computes_the_rotated_integers(norm: type[nn.Module], option
     model = plant_loud(Embedded(norm=norm))
     with pytest.MonkeyPatch.context() as patch:
         errors = iter([1.0, 0.0])  # kept in any case: what runs is to be looked at, not whether it is better
-        patch.setattr(_rewritten, "output_error", lambda *_: next(errors))
+        patch.setattr(_rewritten.Judge, "error", lambda *_: next(errors))
         found = Stepped("rotate", model, data, "onnxruntime", {}, **options).found
     assert found.plan.rotated
     shipped = ship(found, *data[:2])

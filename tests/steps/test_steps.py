@@ -136,9 +136,10 @@ def test_biases_behind_weights_in_groups_are_corrected() -> None:
     prepared = prepare(net, [x], weights=weights, activations={"format": "float32"})
     settings = context(prepared.graph, prepared.target, [x])
     corrected, plan = make("correct_bias", {})(prepared.reference, prepared.plan, settings)
-    means = [graph.run(x)[0].detach().mean(0) for graph in (prepared.graph, prepared.work)]
+    seen = x[:48]  # the rest only judges
+    means = [graph.run(seen)[0].detach().mean(0) for graph in (prepared.graph, prepared.work)]
     on_grid(corrected, plan)
-    assert float((corrected.run(x)[0].detach().mean(0) - means[0]).abs().max()) < 1e-5
+    assert float((corrected.run(seen)[0].detach().mean(0) - means[0]).abs().max()) < 1e-5
     assert float((means[1] - means[0]).abs().max()) > 1e-3
 
 

@@ -202,9 +202,11 @@ class Graph:
         """A deep copy that shares nothing with this graph; or its tensors, until either graph is given other ones."""
         tensors = (*self.gm.parameters(), *self.gm.buffers()) if sharing else ()
         known = {id(tensor): tensor for tensor in tensors}
-        twin = Graph(copy.deepcopy(self.gm, known), self.inputs, self.notes, self.stage, self.sizes)
-        twin.origin = dict(self.origin)
-        twin.examples = dict(self.examples)
+        twin = copy.copy(self)  # nodes bring their shapes along: nothing is propagated
+        twin.gm = copy.deepcopy(self.gm, known)
+        twin.notes, twin.sizes = list(self.notes), dict(self.sizes)
+        twin.origin, twin.examples = dict(self.origin), dict(self.examples)
+        twin.entries, twin._symbols, twin._ops = dict(self.entries), dict(self._symbols), {}
         return twin
 
     def to(self, device: str | torch.device) -> Graph:

@@ -58,7 +58,6 @@ def simplify(graph: Graph, *, phases: bool = False) -> None:
         convolve_phases(graph)
     normalise(graph)
     merge_duplicates(graph)  # two products that turn one tensor alike turn it once
-    graph.propagate()
     graph.stage = "folded"
 
 

@@ -123,9 +123,9 @@ def search(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[
         best = torch.where(better, found, best)
 
     octaves = [2.0 ** (-1 - step / 2) for step in range(1, 19)]
-    for factor in [1 - step / 64 for step in range(1, 33)] + octaves:
+    for factor in [1 - step / 32 for step in range(1, 17)] + octaves:
         attempt(one * factor, one * factor, everywhere)
-    alone = [1 - step / 32 for step in range(17)] + octaves
+    alone = [1 - step / 16 for step in range(9)] + octaves
     if bool(two_ends.any()):
         for factor in alone:
             attempt(one * factor, best_b, two_ends)

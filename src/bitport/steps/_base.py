@@ -57,7 +57,7 @@ class Context:
 
     Attributes:
         rules: the target's table.
-        arithmetic: the target's rounding.
+        arithmetic: the target's rounding, made `rough`: a step weighs errors that are far above a float's last bit.
         calibration: unlabelled batches; its labels, if any, are ignored.
         train, evaluation: labelled batches, where given.
         reference: the float network as loaded.
@@ -86,6 +86,9 @@ class Context:
     memo: Memo = field(default_factory=NoMemo)
     ahead: Sequence[tuple[str, Mapping[str, Any]]] = ()
     _folded: Graph | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.arithmetic = self.arithmetic.rough()
 
     def remember_folded(self, graph: Graph) -> None:
         """Keep the float network as `fold` leaves it; the tensors are shared until a step replaces its own."""

@@ -15,6 +15,7 @@ from ..simulate import Arithmetic, Simulator
 
 Inputs = tuple[Tensor, ...]
 HELD = 4  # one batch in so many
+KEPT = 2**26  # bytes of the float network's outputs
 
 
 def parted(calibration: Source, graph: Graph, samples: int) -> tuple[list[Inputs], list[Inputs]]:
@@ -59,15 +60,38 @@ def has_batches(graph: Graph) -> bool:
     return isinstance(axis, str) and all(shape and shape[0] == axis for shape in shapes)
 
 
-def output_error(
-    candidate: Graph, plan: Plan, reference: Graph, arithmetic: Arithmetic, batches: Sequence[Inputs]
-) -> float:
-    """Noise against signal of the simulated float outputs: Σ (ŷ − y)² / Σ y²; 0 without float outputs."""
-    simulator = Simulator(candidate, plan, arithmetic)
-    stats = ErrorStats()
-    with torch.no_grad():
-        for inputs in batches:
-            for real, found in zip(reference.run(*inputs), simulator.run(inputs), strict=True):
-                if real.is_floating_point():
-                    stats.update(real, found)
-    return stats.relative
+class Judge:
+    """Noise against signal of candidates' simulated float outputs: Σ (ŷ − y)² / Σ y²; 0 without float outputs.
+
+    Args:
+        reference: the float network. What it makes of the batches is computed once, and kept where that is little.
+        arithmetic: the target's.
+        batches: what no candidate has learnt from.
+    """
+
+    def __init__(self, reference: Graph, arithmetic: Arithmetic, batches: Sequence[Inputs]) -> None:
+        self.arithmetic, self.batches = arithmetic, batches
+        self._reference = reference
+        self._outputs: dict[int, tuple[Tensor, ...]] = {}
+        self._room = KEPT
+
+    def error(self, candidate: Graph, plan: Plan) -> float:
+        """The error of a candidate under its plan."""
+        simulator = Simulator(candidate, plan, self.arithmetic)
+        stats = ErrorStats()
+        with torch.no_grad():
+            for index, inputs in enumerate(self.batches):
+                for real, found in zip(self._wanted(index), simulator.run(inputs), strict=True):
+                    if real.is_floating_point():
+                        stats.update(real, found)
+        return stats.relative
+
+    def _wanted(self, index: int) -> tuple[Tensor, ...]:
+        found = self._outputs.get(index)
+        if found is None:
+            found = self._reference.run(*self.batches[index])
+            size = sum(y.numel() * y.element_size() for y in found)
+            if size <= self._room:
+                self._room -= size
+                self._outputs[index] = found
+        return found

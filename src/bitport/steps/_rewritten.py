@@ -15,7 +15,7 @@ from ..graph import Graph
 from ..numerics.error import ErrorStats
 from ..plan import Plan
 from ._base import Context
-from ._judge import Inputs, output_error
+from ._judge import Inputs, Judge
 from .calibrate import measure_ranges, supersede
 from .quantize import fit_weights
 
@@ -58,11 +58,12 @@ def nearer(
         tell(context, what, "left out", f"float32 can't hold it: outputs would change by {change:.1e}")
         return graph, plan
     scratch = replace(context, notes=[], tried=[])
+    judge = Judge(reference, context.arithmetic, judged)
 
     def error_of(candidate: Graph, planned: Plan) -> float:
         if finish is not None:
             candidate, planned = finish(candidate.clone(), planned, replace(context, notes=[], tried=[]))
-        return output_error(candidate, planned, reference, context.arithmetic, judged)
+        return judge.error(candidate, planned)
 
     try:
         before = error_of(graph, plan)

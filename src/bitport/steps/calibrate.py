@@ -75,6 +75,8 @@ def observe(graph: Graph, plan: Plan, context: Context, batches: int | None = No
     Each batch is one update of it, whose extremes include those of the constants, as they meet in every batch.
     """
     histograms = {name: Histogram() for name in plan.measured()}
+    if not histograms:
+        return histograms
     fixed: dict[str, Histogram] = {}  # the constants of ties, counted once
     of_batch: dict[str, Histogram] = {}
     spoilt: list[str] = []  # of one batch: where NaN was seen, in network order

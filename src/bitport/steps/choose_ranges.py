@@ -10,7 +10,7 @@ from ..graph import Graph
 from ..plan import Plan
 from ..plan.constants import settle
 from ._base import Context
-from ._judge import output_error, parted, samples_in
+from ._judge import Judge, parted, samples_in
 from .calibrate import measure_ranges, room_for_biases, supersede
 from .quantize import fit_weights
 
@@ -51,7 +51,8 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         return graph, plan
     real = context.original(graph, plan)
     _, held = parted(context.calibration, graph, SAMPLES)
-    best = output_error(graph, plan, real, context.arithmetic, held)
+    judge = Judge(real, context.arithmetic, held)
+    best = judge.error(graph, plan)
     if best <= NEAR:
         return graph, plan
     for what, how in candidates.items():
@@ -61,7 +62,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         except BitportError as error:
             _tell(context, what, "left out", f"its values can't be stored: {error}")
             continue
-        after = output_error(graph, found, real, context.arithmetic, held)
+        after = judge.error(graph, found)
         outcome = "kept" if after < best else "left out"
         found_out = f"error of the simulated outputs {best:.3g} as asked, {after:.3g} with it"
         _tell(context, what, outcome, f"{found_out}, on {samples_in(held)} samples held back")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,11 +16,13 @@ from ..plan import Plan, TensorPlan
 from ..plan.constants import settle, stored_values
 from ._abreast import Abreast, has_rows, rows_of
 from ._base import Context
-from ._judge import output_error, parted
+from ._judge import Judge, parted
 from .calibrate import room_for_biases
 
 JUDGED = 256  # samples; the last quarter of them
-POSITIONS = 2**14  # rows of inputs that a layer's means are taken from
+POSITIONS = 2**14  # rows of inputs that a layer's moments are taken from
+WORK = 2**29  # multiplications for a layer's moments; a large layer's are taken from fewer rows
+FEWEST = 2**10  # rows, all the same
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,12 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         return graph, plan
     fit, judged = parted(context.calibration, graph, JUDGED)
     real = context.original(graph, plan)
-    candidates = {
-        "analytic": (corrected(graph, plan, context), plan),
-        "measured": _Measuring(real, graph, plan, context.arithmetic, fit).run(options.spread),
-    }
-    before = output_error(graph, plan, real, context.arithmetic, judged)
-    errors = {
-        how: output_error(*found, real, context.arithmetic, judged) for how, found in candidates.items()
-    }
+    measuring = _Measuring(real, graph, plan, context.arithmetic, fit)
+    measured = measuring.run(options.spread)
+    candidates = {"analytic": (_analytic(graph, plan, measuring.means), plan), "measured": measured}
+    judge = Judge(real, context.arithmetic, judged)
+    before = judge.error(graph, plan)
+    errors = {how: judge.error(*found) for how, found in candidates.items()}
     best = min(errors, key=lambda how: errors[how])
     said = " and ".join(f"{errors[how]:.3g} {how}" for how in errors)
     found = (
@@ -70,31 +70,56 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     return graph, plan
 
 
-def corrected(graph: Graph, plan: Plan, context: Context) -> Graph:
-    """A copy whose quantized layers have their biases corrected analytically, for better or worse."""
-    made = graph.clone()
-    means = _mean_inputs(graph, plan, context)
+def _analytic(graph: Graph, plan: Plan, means: Mapping[str, Tensor]) -> Graph:
+    """A copy whose layers have their biases corrected by the mean inputs given, [I] by name; for better or worse."""
+    made = graph.clone(sharing=True)
     for node in made.nodes():
-        name, op = made.name(node), made.op(node)
-        if name in means:
-            _correct(made, plan, name, op, means[name])
+        name = made.name(node)
+        if name not in means:
+            continue
+        op = made.op(node)
+        weight, bias = present(op, 1).tensor, present(op, 2).tensor
+        assert weight is not None and bias is not None
+        stored = stored_values(made, plan, weight, plan.edges[Edge(weight, name, 1)])
+        value, old = made.tensor(weight).detach(), made.tensor(bias).detach()
+        groups = op.attrs.get("groups", 1)
+        made.set_tensor(bias, analytic_bias(old, value, stored, means[name], groups))
     return made
 
 
 class _Measuring(Abreast):
-    """Layer by layer: what a layer reads has gone through the layers that are corrected already."""
+    """Layer by layer: what a layer reads has gone through the layers that are corrected already.
+
+    Attributes:
+        means: after `run`, each corrected layer's mean input in the float network, per channel: float64 [I] by name.
+    """
+
+    means: dict[str, Tensor]
 
     def run(self, spread: bool) -> tuple[Graph, Plan]:
+        self.means = {}
         readers = uses_of(self.work)
         for real, node in self.walk():
             name = self.work.name(node) if node.op.startswith("call") else ""
             op = self.work.op(node) if name else None
-            if op is not None and _is_corrected(self.plan, name, op):
+            if op is None or not _has_bias(self.plan, name, op):
+                continue
+            self._see_mean(name, op, real)
+            if has_rows(op):
                 weight = present(op, 1).tensor
                 assert weight is not None
                 alone = readers[id(self.work.tensor(weight))] == 1
                 self.change(self._matched(name, op, real, node, spread and alone))
         return self.work, room_for_biases(self.work, self.plan, None)
+
+    def _see_mean(self, name: str, op: Op, real: fx.Node) -> None:
+        seen = ChannelMoments()
+        for float_run, _ in self.runs:
+            x = float_run.read(real, 0)
+            if x.numel():
+                seen.update(x, 1 if op.kind == "conv" else -1)
+        if seen.count:
+            self.means[name] = seen.mean()
 
     def _matched(self, name: str, op: Op, real: fx.Node, node: fx.Node, spread: bool) -> Plan:
         """The plan from this layer on. Its weights are scaled with their scales, so that codes stay."""
@@ -121,7 +146,8 @@ class _Measuring(Abreast):
         """(mean, deviation) of the float layer's products and of the rounded one's, each [C]; None without data."""
         floats, rounded = ChannelMoments(), ChannelMoments()
         matrix, kernel = self.real.tensor(weight).detach(), tuple(stored.shape[2:])
-        most, groups = max(1, POSITIONS // len(self.runs)), op.attrs.get("groups", 1)
+        rows = max(FEWEST, min(POSITIONS, WORK // max(1, matrix.numel())))
+        most, groups = max(1, rows // len(self.runs)), op.attrs.get("groups", 1)
         for float_run, run in self.runs:
             x, hat = float_run.read(real, 0), run.read(node, 0)
             if x.numel():
@@ -149,50 +175,15 @@ def _scaled(values: Tensor, gain: Tensor) -> Tensor:
     return (values.double() * gain.reshape(-1, *[1] * (values.dim() - 1))).to(values.dtype)
 
 
-def _is_corrected(plan: Plan, name: str, op: Op) -> bool:
+def _has_bias(plan: Plan, name: str, op: Op) -> bool:
     """Whether a layer runs with weights of a plan and has a bias of its own."""
     if plan.node(name).kernel is None or op.kind not in ("conv", "linear"):
         return False
     weight, bias = op.operands[1:3]
     if weight is None or weight.tensor is None or bias is None or bias.tensor is None:
         return False
-    return has_rows(op) and Edge(weight.tensor, name, 1) in plan.edges
+    return Edge(weight.tensor, name, 1) in plan.edges
 
 
 def _tell(context: Context, outcome: str, reason: str) -> None:
     context.tried.append({"what": "bias correction", "outcome": outcome, "reason": reason})
-
-
-def _mean_inputs(graph: Graph, plan: Plan, context: Context) -> dict[str, Tensor]:
-    """Mean input per channel [I] of every quantized layer with a bias, over the calibration data."""
-    layers: dict[fx.Node, list[tuple[str, int]]] = {}
-    for node in graph.nodes():
-        name, op = graph.name(node), graph.op(node)
-        if plan.node(name).kernel is None or op.kind not in ("conv", "linear") or op.operands[2] is None:
-            continue
-        source = op.operands[0]
-        if source is not None and source.node is not None:
-            layers.setdefault(source.node, []).append((name, 1 if op.kind == "conv" else -1))
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def look(node: fx.Node, value: Any) -> None:
-        for name, axis in layers.get(node, ()):
-            channels = value.cpu().movedim(axis, 0).flatten(1).double()
-            sums[name] = sums.get(name, torch.zeros(())) + channels.sum(1)
-            counts[name] = counts.get(name, 0) + channels.shape[1]
-
-    run = context.float_pass(graph)
-    with torch.no_grad():
-        for batch in context.calibration:
-            run(batch.inputs, look)
-    return {name: total / counts[name] for name, total in sums.items()}
-
-
-def _correct(graph: Graph, plan: Plan, name: str, op: Op, mean: Tensor) -> None:
-    weight, bias = op.operands[1], op.operands[2]
-    assert weight is not None and weight.tensor is not None and bias is not None and bias.tensor is not None
-    value = graph.tensor(weight.tensor).detach()
-    stored = stored_values(graph, plan, weight.tensor, plan.edges[Edge(weight.tensor, name, 1)])
-    old = graph.tensor(bias.tensor).detach()
-    graph.set_tensor(bias.tensor, analytic_bias(old, value, stored, mean, op.attrs.get("groups", 1)))

@@ -22,7 +22,7 @@ from ..plan.constants import grid_of, settle
 from . import correct_bias
 from ._abreast import Abreast, has_rows, rows_of
 from ._base import Context
-from ._judge import Inputs, output_error, parted, samples_in
+from ._judge import Inputs, Judge, parted, samples_in
 from .calibrate import room_for_biases
 
 WHAT = "GPTQ"
@@ -94,10 +94,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         return graph, plan
     fit, held = parted(context.calibration, graph, options.samples)
     real = context.original(graph, plan)
-
-    def error(candidate: Graph, planned: Plan) -> float:
-        return output_error(candidate, planned, real, context.arithmetic, held)
-
+    error = Judge(real, context.arithmetic, held).error
     samples = samples_in(held)
     rounded, told = _bias_corrected(
         graph, plan, context

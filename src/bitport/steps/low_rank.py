@@ -20,7 +20,7 @@ from ..numerics.moments import ChannelMoments
 from ..plan import NodePlan, Plan
 from ..plan.constants import grid_of, stored_values
 from ._base import Context
-from ._judge import Inputs, output_error, parted, samples_in
+from ._judge import Inputs, Judge, parted, samples_in
 from .gptq import listed
 
 WHAT = "low-rank compensation"
@@ -109,7 +109,8 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     products = _worth(products, layers, graph, context, options)
     if not products:
         return graph, plan
-    before = output_error(graph, plan, real, context.arithmetic, held)
+    judge = Judge(real, context.arithmetic, held)
+    before = judge.error(graph, plan)
     best, kept = before, (graph, plan)
     errors = {}
     for how in ("biases as they are", "biases corrected behind it"):
@@ -120,7 +121,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         except BitportError as error:
             _tell(context, "left out", f"nothing can be put beside the layers: {error}")
             return graph, plan
-        errors[how] = output_error(*found, real, context.arithmetic, held)
+        errors[how] = judge.error(*found)
         if errors[how] < best:
             best, kept = errors[how], found
     said = " and ".join(f"{error:.3g} with {how}" for how, error in errors.items())

@@ -19,7 +19,7 @@ from ..plan.constants import grid_of, settle
 from . import gptq
 from ._abreast import Abreast
 from ._base import Context
-from ._judge import Inputs, output_error, parted, samples_in, split_batches
+from ._judge import Inputs, Judge, parted, samples_in, split_batches
 from .calibrate import room_for_biases
 
 WHAT = "block reconstruction"
@@ -78,10 +78,8 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     fit, held = parted(context.calibration, graph, options.samples)
     learning = _Learning(graph, plan, context, options, layers, split_batches(fit, graph, options.batch))
     learned = learning.run()
-    before, after = (
-        output_error(*candidate, context.original(graph, plan), context.arithmetic, held)
-        for candidate in (solved, learned)
-    )
+    judge = Judge(context.original(graph, plan), context.arithmetic, held)
+    before, after = judge.error(*solved), judge.error(*learned)
     kept = after < before
     reason = (
         f"{learning.kept} of {learning.blocks} blocks: error of the simulated outputs {after:.3g} with it, "

@@ -18,7 +18,7 @@ from ..numerics.soft import StraightCodes, blended, relative_error
 from ..plan import Plan, TensorPlan
 from ..plan.constants import grid_of, settle
 from ._base import Context
-from ._judge import Inputs, has_batches, output_error, parted, samples_in
+from ._judge import Inputs, Judge, has_batches, parted, samples_in
 from .calibrate import room_for_biases
 
 WHAT = "distilling into itself"
@@ -68,7 +68,8 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     if not learned or not fit:
         tell("left out", "no layer has weights whose codes can learn")
         return graph, plan
-    before = output_error(graph, plan, real, context.arithmetic, held)
+    judge = Judge(real, context.arithmetic, held)
+    before = judge.error(graph, plan)
     if before <= SMALL:
         tell("left out", f"the simulated outputs err by {before:.1e} alone")
         return graph, plan
@@ -76,7 +77,7 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     if found is None:
         tell("left out", "its loss was no finite number")
         return graph, plan
-    after = output_error(*found, real, context.arithmetic, held)
+    after = judge.error(*found)
     kept = after < before
     tell(
         "kept" if kept else "left out",

@@ -14,7 +14,7 @@ from tests.targets.onnxruntime.one_op import OneOp
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitport.targets.onnxruntime.float_ops import FLOAT_OPS, ordered_sum
+from bitport.targets.onnxruntime.float_ops import FLOAT_OPS, TILE, ordered_sum
 
 # the kernels of other instruction sets add in another order
 pytestmark = pytest.mark.skipif(
@@ -58,6 +58,15 @@ def inputs() -> list[Tensor]:
 def test_elementwise(kind: str, op: str, attrs: dict[str, Any]) -> None:
     for x in inputs():
         assert different_bits(run(op, x.clamp(max=88), **attrs), FLOAT_OPS[kind](attrs, x.clamp(max=88))) == 0
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "tanh", "exp", "erf", "gelu", "silu"])
+def test_large_tensors_are_computed_in_tiles_to_the_same_bits(kind: str) -> None:
+    x = 3 * torch.randn(3, TILE, generator=torch.Generator().manual_seed(1))[:, 5:].mT
+    found = FLOAT_OPS[kind]({}, x)
+    assert found.shape == x.shape and x.numel() > 2 * TILE
+    rows = torch.cat([FLOAT_OPS[kind]({}, part) for part in torch.split(x, 1000)])
+    assert torch.equal(found, rows)
 
 
 def test_exp_reaches_zero_the_denormals_and_infinity() -> None:

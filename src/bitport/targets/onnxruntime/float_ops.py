@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,25 @@ Attrs = Mapping[str, Any]
 SOFTMAX_LANES = 16  # float32 values in a register of MLAS's AVX-512 exp-sum kernel
 NORM_LANES = 8  # … of its AVX2 layer norm kernel, used from this length on
 ROW_LANES = 4  # … of Eigen's SSE sums
+TILE = (
+    2**15
+)  # elements; a polynomial's float64 values stay in the cache then, which makes it some 5 times faster
 
 
+def _in_tiles(kernel: Callable[[Attrs, Tensor], Tensor]) -> Callable[[Attrs, Tensor], Tensor]:
+    """An elementwise kernel, on one tile of a large tensor after the other."""
+
+    @wraps(kernel)
+    def tiled(attrs: Attrs, x: Tensor) -> Tensor:
+        if x.numel() <= TILE:
+            return kernel(attrs, x)
+        tiles = torch.split(x.reshape(-1), TILE)
+        return torch.cat([kernel(attrs, tile) for tile in tiles]).reshape(x.shape)
+
+    return tiled
+
+
+@_in_tiles
 def sigmoid(attrs: Attrs, x: Tensor) -> Tensor:
     """Odd rational approximation on [−18, 18]. x: any shape."""
     x = x.clamp(-18.0, 18.0)
@@ -53,6 +71,7 @@ def sigmoid(attrs: Attrs, x: Tensor) -> Tensor:
     return (p * x / q + 0.5).clamp(0.0, 1.0)
 
 
+@_in_tiles
 def tanh(attrs: Attrs, x: Tensor) -> Tensor:
     """Odd rational approximation on [−9, 9]. x: any shape."""
     x = x.clamp(-9.0, 9.0)
@@ -73,6 +92,7 @@ def tanh(attrs: Attrs, x: Tensor) -> Tensor:
     return p * x / q
 
 
+@_in_tiles
 def exp(attrs: Attrs, x: Tensor) -> Tensor:
     """2^m times a polynomial of degree 6 in x − m·ln 2. x: any shape."""
     exponent, rest = _reduce(x.clamp(min=-103.9720840454))
@@ -89,6 +109,7 @@ def exp(attrs: Attrs, x: Tensor) -> Tensor:
     return _scale(poly, exponent)
 
 
+@_in_tiles
 def erf(attrs: Attrs, x: Tensor) -> Tensor:
     """A polynomial below 0.921875, `1 − exp(polynomial)` above. x: any shape."""
     size = x.abs().clamp(max=3.925)
@@ -117,6 +138,7 @@ def erf(attrs: Attrs, x: Tensor) -> Tensor:
     return torch.where(size > 0.921875, outer, fma(small, size, size)).copysign(x)
 
 
+@_in_tiles
 def gelu(attrs: Attrs, x: Tensor) -> Tensor:
     """`0.5·x·(erf(x/√2) + 1)`; with attrs["approximate"] == "tanh": `0.5·x·(tanh(x·(c·x·x + b)) + 1)`."""
     if attrs.get("approximate", "none") == "tanh":
@@ -125,6 +147,7 @@ def gelu(attrs: Attrs, x: Tensor) -> Tensor:
     return 0.5 * x * (erf({}, x * _f32(math.sqrt(0.5))) + 1)
 
 
+@_in_tiles
 def silu(attrs: Attrs, x: Tensor) -> Tensor:
     """`x·sigmoid(x)` (Sigmoid and Mul, fused to QuickGelu)."""
     return x * sigmoid({}, x)
@@ -318,9 +341,9 @@ def _f32(value: float) -> Tensor:
 
 def _horner(x: Tensor, first: float, *rest: float) -> Tensor:
     """A polynomial in x, highest coefficient first, one fused multiply-add a coefficient."""
-    value = _f32(first).expand_as(x)
+    value, wide = _f32(first).expand_as(x), x.double()
     for coefficient in rest:
-        value = fma(value, x, _f32(coefficient))
+        value = fma(value, wide, _f32(coefficient))
     return value
 
 
