@@ -289,7 +289,9 @@ def main() -> None:
     parser.add_argument("--networks", default=",".join(CELLS))
     parser.add_argument("--cells", default="", help="names, with semicolons; default: all")
     parser.add_argument("--seeds", default=",".join(map(str, cells.SEEDS)), help="those on the page")
-    parser.add_argument("--recorded", default="", help="of the seeds: taken from the records, as they are")
+    parser.add_argument(
+        "--recorded", action="store_true", help="what the records hold isn't run, though code changed"
+    )
     parser.add_argument("--record", action="store_true", help="keep what ran in the records")
     parser.add_argument(
         "--at-once", type=int, default=1, help="runs side by side: their seconds are no timings then"
@@ -300,14 +302,11 @@ def main() -> None:
     folder = arguments.folder.resolve()
     entrants = arguments.entrants.split(",") if arguments.entrants else [OWN, *peers()]
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    kept = [int(seed) for seed in arguments.recorded.split(",") if seed]
     wanted = [name for name in arguments.cells.split(";") if name]
     networks = arguments.networks.split(",")
     every = list(jobs(entrants, networks, wanted, seeds))
-    found = {
-        (network, seed): _recorded(network, seed) for network in networks for seed in seeds if seed in kept
-    }
-    todo = [job for job in every if job.seed not in kept]
+    found = _recorded(networks, seeds) if arguments.recorded else {}
+    todo = [job for job in every if (job.network, job.seed) not in found]
     troubles = {}
     for name in entrants if todo else ():
         python, why = environment(name, folder)
@@ -335,14 +334,11 @@ def main() -> None:
     publish_section(text, arguments.write, page.HEADING)
 
 
-def _recorded(network: str, seed: int) -> Record:
-    path = records.place(RECORDS, network, seed)
-    found = records.read(path)
-    if found is None:
-        raise SystemExit(
-            f"seed {seed} of {network} isn't recorded in {path}: leave it out of --recorded to run it"
-        )
-    return found
+def _recorded(networks: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int], Record]:
+    """What there are records of."""
+    keys = [(network, seed) for network in networks for seed in seeds]
+    kept = {key: records.read(records.place(RECORDS, *key)) for key in keys}
+    return {key: record for key, record in kept.items() if record is not None}
 
 
 if __name__ == "__main__":

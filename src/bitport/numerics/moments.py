@@ -39,16 +39,11 @@ class ChannelMoments:
         self.total = self.total + rows.sum(1)
         self.squares = self.squares + rows.square().sum(1)
 
-    def mean(self) -> Tensor:
-        """float64 [C]. Raises DataError when nothing was seen."""
-        if self.total is None or self.count == 0:
-            raise DataError("moments of no values: give at least one batch")
-        return self.total / self.count
-
     def moments(self) -> tuple[Tensor, Tensor]:
         """(mean, standard deviation), float32 [C]. Raises DataError when nothing was seen."""
-        mean = self.mean()
-        assert self.squares is not None
+        if self.total is None or self.squares is None or self.count == 0:
+            raise DataError("moments of no values: give at least one batch")
+        mean = self.total / self.count
         variance = (self.squares / self.count - mean.square()).clamp(min=0.0)
         return mean.float(), variance.sqrt().float()
 

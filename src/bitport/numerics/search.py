@@ -25,6 +25,8 @@ Errors = Callable[[Tensor, Tensor], Tensor]
 _BLOCK = 2**18
 # A narrower range must gain at least this share of the error, so that rounding noise never narrows one.
 _GAIN = 1 - 1e-6
+# Where a row errs so many times its least, what is cut off costs that much, and a narrower range cuts off more.
+_HOPELESS = 4
 
 
 @estimator
@@ -47,11 +49,15 @@ def _mse_of_weights(w_RV: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     lows, highs = [], []
     for part in torch.split(w_RV, max(1, _BLOCK // w_RV.shape[1])):
         low, high = part.amin(1), part.amax(1)
-        # Errors relative to the largest weight: their squares can't overflow.
-        size = torch.maximum(-low, high).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        scratch = (
+            torch.empty_like(part),
+            torch.empty_like(part),
+        )  # fresh memory would cost more than the arithmetic
 
-        def errors(low: Tensor, high: Tensor, part: Tensor = part, size: Tensor = size) -> Tensor:
-            return _differences(part, low, high, fmt).div_(size).square_().sum(1, dtype=torch.float64)
+        def errors(
+            low: Tensor, high: Tensor, part: Tensor = part, scratch: tuple[Tensor, Tensor] = scratch
+        ) -> Tensor:
+            return squared_errors(part, low, high, fmt, scratch)
 
         low, high = search(errors, low, high, fmt.symmetric)
         lows.append(low)
@@ -59,21 +65,23 @@ def _mse_of_weights(w_RV: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     return torch.cat(lows), torch.cat(highs)
 
 
-def squared_errors(w_RV: Tensor, low: Tensor, high: Tensor, fmt: Format) -> Tensor:
+def squared_errors(
+    w_RV: Tensor, low: Tensor, high: Tensor, fmt: Format, scratch: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Σ (w − dequantize(quantize(w)))² of each row stored with its range; float64 [R].
 
     Args:
-        w_RV: float32. low, high: [R]. fmt: an integer format.
+        w_RV: float32, without NaN, so that the plain formula does. low, high: [R]. fmt: an integer format.
+        scratch: two tensors like w_RV to compute in.
     """
-    return _differences(w_RV, low, high, fmt).double().square_().sum(1)
-
-
-def _differences(w_RV: Tensor, low: Tensor, high: Tensor, fmt: Format) -> Tensor:
-    """dequantize(quantize(w)) − w, float32 [R, V]; a NaN can't come in, so that the plain formula does."""
-    scale, zero_point = (p[:, None] for p in qparams(low, high, fmt))
-    offset = zero_point.float()
-    codes = (w_RV / scale).round_().add_(offset).clamp_(fmt.low, fmt.high).sub_(offset)
-    return codes.mul_(scale).sub_(w_RV)
+    scale, zero_point = qparams(low, high, fmt)
+    offset = zero_point.float()[:, None]
+    t, off = scratch or (torch.empty_like(w_RV), torch.empty_like(w_RV))
+    # in units of the scale, so that no square overflows; float32 sums err by far less than a range must gain
+    torch.div(w_RV, scale[:, None], out=t)
+    torch.round(t, out=off).add_(offset).clamp_(fmt.low, fmt.high).sub_(offset).sub_(t)
+    error: Tensor = torch.linalg.vector_norm(off, dim=1).double() * scale.double()
+    return error.square()
 
 
 def expected_error(h: Histogram, fmt: Format, minimum: float, maximum: float) -> float:
@@ -93,8 +101,8 @@ def search(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[
     The extremes, widened to include 0, are multiplied by factors ≤ 1 from a ladder: linear down to ½, then
     2^-½ a step down to 2^-10. First both by the same one; then, unless the format is symmetric or the values
     have one sign, each end by its own; then the grid is refined around the best in steps of 2^¼ to 2^1/128.
-    An end at 0 stays there. Every range is compared by `errors`, the full one among them, and the best is
-    kept; a row's result depends on no other row.
+    An end at 0 stays there. A row leaves a ladder where it errs many times its least. Every range is compared by
+    `errors`, the full one among them, and the best is kept; a row's result depends on no other row.
 
     Args:
         errors: maps candidate ends, [R] each, to the error of each row, [R]; any measure that is to be small.
@@ -114,25 +122,26 @@ def search(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[
     one = torch.ones_like(low)
     best_a, best_b, best = one, one, errors(low, high)
 
-    def attempt(a: Tensor, b: Tensor, where: Tensor) -> None:
+    def attempt(a: Tensor, b: Tensor, where: Tensor) -> Tensor:
+        """Those of the rows that don't err far more than they must already."""
         nonlocal best_a, best_b, best
         a, b = a.clamp(max=1.0), b.clamp(max=1.0)
         found = errors(*ends(a, b))
         better = (found < best * _GAIN) & where
         best_a, best_b = torch.where(better, a, best_a), torch.where(better, b, best_b)
         best = torch.where(better, found, best)
+        return where & (found <= _HOPELESS * best) & (best > 0)
 
     octaves = [2.0 ** (-1 - step / 2) for step in range(1, 19)]
-    for factor in [1 - step / 32 for step in range(1, 17)] + octaves:
-        attempt(one * factor, one * factor, everywhere)
-    alone = [1 - step / 16 for step in range(9)] + octaves
-    if bool(two_ends.any()):
-        for factor in alone:
-            attempt(one * factor, best_b, two_ends)
-        for factor in alone:
-            attempt(best_a, one * factor, two_ends)
-        for factor in alone:
-            attempt(one * factor, best_b, two_ends)
+    ladders = [("both", [1 - step / 32 for step in range(1, 17)])]
+    ladders += [(end, [1 - step / 16 for step in range(9)]) for end in "aba"]
+    for end, factors in ladders:
+        alive = everywhere if end == "both" else two_ends
+        for factor in factors + octaves:
+            if not bool(alive.any()):
+                break
+            a = best_a if end == "b" else one * factor
+            alive = attempt(a, best_b if end == "a" else one * factor, alive)
     for octave in (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128):
         step = 2.0**octave
         for factor in (step, 1 / step):

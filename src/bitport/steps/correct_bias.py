@@ -21,7 +21,7 @@ from .calibrate import room_for_biases
 
 JUDGED = 256  # samples; the last quarter of them
 POSITIONS = 2**14  # rows of inputs that a layer's moments are taken from
-WORK = 2**29  # multiplications for a layer's moments; a large layer's are taken from fewer rows
+WORK = 2**28  # multiplications for a layer's moments; a large layer's are taken from fewer rows
 FEWEST = 2**10  # rows, all the same
 
 
@@ -113,13 +113,12 @@ class _Measuring(Abreast):
         return self.work, room_for_biases(self.work, self.plan, None)
 
     def _see_mean(self, name: str, op: Op, real: fx.Node) -> None:
-        seen = ChannelMoments()
+        sums, count = torch.zeros(1, dtype=torch.float64), 0
         for float_run, _ in self.runs:
-            x = float_run.read(real, 0)
-            if x.numel():
-                seen.update(x, 1 if op.kind == "conv" else -1)
-        if seen.count:
-            self.means[name] = seen.mean()
+            channels = float_run.read(real, 0).movedim(1 if op.kind == "conv" else -1, 0).flatten(1)
+            sums, count = sums + channels.sum(1).double(), count + channels.shape[1]
+        if count:
+            self.means[name] = sums / count
 
     def _matched(self, name: str, op: Op, real: fx.Node, node: fx.Node, spread: bool) -> Plan:
         """The plan from this layer on. Its weights are scaled with their scales, so that codes stay."""
