@@ -268,7 +268,7 @@ def test_unknown_names_list_the_known_ones(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("missing.pt2", r"missing\.pt2 doesn't exist: give a \.pt2 file"),
+        ("missing.pt2", r"missing\.pt2 doesn't exist: give a \.pt2 or \.onnx file"),
         ("weights.pth", r"weights\.pth holds pickled objects, which could run code: save the network with"),
         ("net.py", r"net\.py is Python: name the function in it .* as net:make"),
         ("net.tflite", r"net\.tflite: no front end reads \.tflite"),

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, identity, keeping, run_steps
 from .data import Batch, Source, open_data, read_arrays
 from .errors import BitportError, DataError, GateFailed, LoadError, RecipeError
 from .forecast import inspect
-from .frontends import pytorch
+from .frontends import onnx, pytorch
 from .graph import Graph
 from .graph.archive import load_pt2
 from .graph.program import spans
@@ -54,8 +54,10 @@ def load(
     """Bring a network into bitport.
 
     Args:
-        model: an `nn.Module` (with `example_inputs`), a `.pt2` file, or an artifact folder (its original network).
-        example_inputs: a tensor, a tuple, or a dict of keyword arguments.
+        model: an `nn.Module` (with `example_inputs`), a `.pt2` or `.onnx` file, or an artifact folder (its original
+            network).
+        example_inputs: a tensor, a tuple, or a dict of keyword arguments. An `.onnx` file needs them only where it
+            leaves a shape open.
         dynamic_shapes: "batch" (axis 0 of every input), or what `torch.export.export` takes.
         device: where the graph lives.
         nonfinite: what to do about weights that are NaN or infinite: "refuse", or "zero": they become 0, and a note
@@ -75,11 +77,15 @@ def load(
         raise LoadError(f"a {type(model).__name__} can't be loaded: give an nn.Module or the path of a file")
     path = Path(model)
     if not path.exists():
-        raise LoadError(f"{path} doesn't exist: give a .pt2 file, an artifact folder, or module:callable")
+        raise LoadError(
+            f"{path} doesn't exist: give a .pt2 or .onnx file, an artifact folder, or module:callable"
+        )
     if path.is_dir():
         return Artifact.load(path).original
     if path.suffix == ".pt2":
         return load_pt2(path, device, nonfinite)
+    if path.suffix == ".onnx":
+        return onnx.load_onnx(path, example_inputs, dynamic_shapes, device, nonfinite)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise LoadError(
             f"{path.name} holds pickled objects, which could run code: save the network with "
@@ -90,7 +96,8 @@ def load(
             f"{path.name} is Python: name the function in it that returns (model, example_inputs), as {path.stem}:make"
         )
     raise LoadError(
-        f"{path.name}: no front end reads {path.suffix or 'such'} files; .pt2 files and artifact folders are read"
+        f"{path.name}: no front end reads {path.suffix or 'such'} files; .pt2 and .onnx files and artifact folders are "
+        "read"
     )
 
 
