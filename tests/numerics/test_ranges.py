@@ -168,6 +168,21 @@ def test_expected_error_is_the_measured_one(kind: str, fmt: str) -> None:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
+def test_a_wide_range_that_errs_much_hides_no_narrow_one_that_does_not(sign: int) -> None:
+    """Outliers that cost less than what they cost all others: the way to the best range leads past worse ones."""
+    x = sign * torch.cat(
+        [torch.randn(50_000, generator=torch.Generator().manual_seed(0)), torch.full((2,), 60.0)]
+    )
+    fmt = Format.parse("int4")
+    for ends in (mse(histogram(x), fmt), weight_ranges(x, fmt, "mse")):
+        low, high = float(ends[0]), float(ends[1])
+        best = min(
+            error_of(x, fmt, *sorted((-sign * a, sign * b))) for a in (2.0, 2.5, 3.0) for b in (2.5, 3.0, 3.5)
+        )
+        assert error_of(x, fmt, low, high) <= 1.02 * best
+
+
+@pytest.mark.parametrize("sign", [1, -1])
 def test_mse_cuts_an_outlier_at_one_end_only(sign: int) -> None:
     x = sign * torch.cat([torch.rand(20_000) * 2 - 1, torch.tensor([50.0])])
     fmt = Format.parse("int4")

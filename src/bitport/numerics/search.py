@@ -25,7 +25,7 @@ Errors = Callable[[Tensor, Tensor], Tensor]
 _BLOCK = 2**18
 # A narrower range must gain at least this share of the error, so that rounding noise never narrows one.
 _GAIN = 1 - 1e-6
-# Where a row errs so many times its least, what is cut off costs that much, and a narrower range cuts off more.
+# A range narrower than the best that errs so many times as much cuts off too much, and one narrower still cuts off more.
 _HOPELESS = 4
 
 
@@ -130,7 +130,8 @@ def search(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[
         better = (found < best * _GAIN) & where
         best_a, best_b = torch.where(better, a, best_a), torch.where(better, b, best_b)
         best = torch.where(better, found, best)
-        return where & (found <= _HOPELESS * best) & (best > 0)
+        narrower = (a <= best_a) & (b <= best_b)
+        return where & ~(narrower & (found > _HOPELESS * best)) & (best > 0)
 
     octaves = [2.0 ** (-1 - step / 2) for step in range(1, 19)]
     ladders = [("both", [1 - step / 32 for step in range(1, 17)])]
