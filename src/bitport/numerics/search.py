@@ -25,7 +25,7 @@ Errors = Callable[[Tensor, Tensor], Tensor]
 _BLOCK = 2**18
 # A narrower range must gain at least this share of the error, so that rounding noise never narrows one.
 _GAIN = 1 - 1e-6
-# A range narrower than the best that errs so many times as much cuts off too much, and one narrower still cuts off more.
+# A range narrower than the best that errs so many times as much cuts off too much; one narrower still cuts off more.
 _HOPELESS = 4
 
 
