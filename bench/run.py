@@ -24,7 +24,7 @@ from bitport.plan import Plan
 from bitport.proof.cost import peak_memory
 from bitport.steps import _base as steps
 
-from . import formats
+from . import formats, methods
 from .nets import ConvNet, Mlp, Pooled, WideNet, seeded
 from .table import Row, publish, table
 
@@ -160,7 +160,7 @@ def main() -> None:
         _print_memory(arguments.memory)
         return
     rows = [speed(ConvNet), speed(WideNet, 32), speed(Pooled), *calibration()]
-    rows += [*formats.speeds(), *formats.files(), *formats.weights(), quantization()]
+    rows += [*formats.speeds(), *formats.files(), *formats.weights(), quantization(), *methods.rows()]
     publish(table(rows), arguments.write)
 
 
