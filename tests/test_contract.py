@@ -48,7 +48,7 @@ KEYS = [
 ]  # fmt: skip
 TEXTS = ("manifest.json", "measurements.json", "plan.json", "recipe.toml")
 FILES = {
-    "onnxruntime": {"model.onnx", "reference/model.onnx"},
+    "onnxruntime": {"model.onnx", "reference/model.onnx", "run.py"},
     # no runtime, hence no model file: the simulator's own graph and plan
     "null": {
         "null.pt2",

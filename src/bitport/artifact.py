@@ -7,6 +7,7 @@ recipe.toml           the explicit steps that made it
 statistics.safetensors  means and deviations of the float network's layers on calibration samples
 reference/            the original network through the same exporter (model file and graph.pt2)
 sample.npz            golden inputs and outputs of the deployed file
+run.py                runs the model with the runtime and numpy alone, and compares it with the golden pairs
 measurements.json     the proof; report.html renders it
 weights.safetensors   weights at their true width, where the model file can't hold it
 manifest.json         SHA-256 of every file, versions, seed, digests, inputs and outputs
@@ -49,6 +50,7 @@ from .targets._base import Session, Target
 
 GRAPH, PLAN, RECIPE, SAMPLE = "graph.pt2", "plan.json", "recipe.toml", "sample.npz"
 WEIGHTS, STATISTICS = "weights.safetensors", "statistics.safetensors"
+RUNNER = "run.py"
 STATISTIC_SAMPLES = 256
 MEASUREMENTS, REPORT = "measurements.json", "report.html"
 MANIFEST = store.MANIFEST
@@ -186,6 +188,8 @@ def write(folder: Path, graph: Graph, original: Graph, plan: Plan, recipe: Recip
         tensors, notes = packed_weights(graph, plan)
         tensor_files.write(folder / WEIGHTS, tensors, notes)
     (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
+    if target.runner is not None:
+        (folder / RUNNER).write_bytes(target.runner.read_bytes())
 
 
 def write_statistics(folder: Path, reference: Graph, plan: Plan, calibration: Source) -> None:

@@ -67,7 +67,8 @@ class Target(ABC):
     """A runtime. A class is abstract or final: nothing implemented here is overridden.
 
     `defaults` are the options of a recipe's `[target]` table with their default values; `modules` are what its
-    files import when they run (a fair memory measurement imports them first).
+    files import when they run (a fair memory measurement imports them first). `runner` is a script that runs the
+    artifact's model with the runtime and numpy alone; it is copied into the artifact as `run.py`.
     """
 
     name: ClassVar[str]
@@ -75,6 +76,7 @@ class Target(ABC):
     model_file: ClassVar[str]
     defaults: ClassVar[Mapping[str, Any]] = {}
     modules: ClassVar[tuple[str, ...]] = ()
+    runner: ClassVar[Path | None] = None
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         options = dict(options or {})
