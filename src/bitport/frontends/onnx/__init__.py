@@ -17,6 +17,7 @@ from .. import pytorch
 from ._calls import OPERATORS, Array
 from ._module import identifier, network
 from ._reading import Model, Port, from_proto, read
+from ._rounding import without_rounding
 from .elementwise import DTYPES
 
 BATCH = 2  # of an example that is made up
@@ -64,7 +65,8 @@ def load_model(
     device: str = "cpu",
     nonfinite: str = "refuse",
 ) -> Graph:
-    """The same of what was read."""
+    """The same of what was read. A quantized file gives the float network that it was made of."""
+    model = without_rounding(model)
     examples = _examples(model, example_inputs)
     deciding = _deciding(model)
     fixed = {name: _known(name, examples) for name in deciding}

@@ -1,0 +1,107 @@
+"""Quantized files as the float networks that they were made of: pairs of QuantizeLinear and DequantizeLinear go.
+
+What such a pair gives stands for what it reads; one whose codes begin at zero has taken a ReLU's place, where nothing
+else keeps its tensor from being negative. Weights that a DequantizeLinear decodes become floats, on their grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from ._calls import Array, Call
+from ._reading import DOMAINS, Model, Node
+from .quantized import dequantize
+
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+NEVER_NEGATIVE = {"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Softplus", "Exp", "Sqrt"}
+SUMS = {"Add", "Mul", "Concat", "Max", "Sum", "Mean"}  # of what is never negative
+ARRANGED = {
+    "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax", "Reshape",
+    "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Slice", "Gather", "Split", "Expand", "Tile", "Dropout",
+}  # fmt: skip
+
+
+def without_rounding(model: Model) -> Model:
+    """The model in float; itself where there is nothing to take out. A note tells what went."""
+    made = {name: node for node in model.nodes for name in node.outputs if node.domain in DOMAINS}
+    constants: dict[str, Array] = dict(model.constants)
+    nodes: list[Node] = []
+    instead: dict[str, str] = {}  # what stands for a tensor
+    positive: set[str] = set()  # what is never negative
+    pairs = weights = 0
+    for node in model.nodes:
+        node = replace(node, inputs=[instead.get(name, name) for name in node.inputs])
+        if node.kind == DEQUANTIZE and node.domain in DOMAINS:
+            source = made.get(node.inputs[0])
+            if source is not None and source.kind == QUANTIZE and _same_grid(source, node, constants):
+                read = instead.get(source.inputs[0], source.inputs[0])
+                pairs += 1
+                if read in made and read not in positive and _starts_at_zero(source, constants):
+                    nodes.append(replace(node, kind="Relu", inputs=[read], attrs={}, scope=""))
+                    positive.update(node.outputs)
+                else:
+                    instead[node.outputs[0]] = read
+                continue
+            if all(name in constants for name in node.inputs if name):
+                constants[node.outputs[0]] = _decoded(node, model, constants)
+                weights += 1
+                continue
+        if _stays_positive(node, positive, constants):
+            positive.update(node.outputs)
+        nodes.append(node)
+    if not pairs and not weights:
+        return model
+    outputs = [instead.get(name, name) for name in model.outputs]
+    nodes = _needed(nodes, outputs)
+    note = (
+        f"the file is quantized: {pairs} roundings of activations were taken out, {weights} weights decoded"
+    )
+    return replace(model, nodes=nodes, outputs=outputs, constants=constants, notes=[*model.notes, note])
+
+
+def _starts_at_zero(quantize: Node, constants: Mapping[str, Array]) -> bool:
+    """Whether a rounding makes zeros of negative numbers."""
+    zero = constants.get(quantize.inputs[2]) if len(quantize.inputs) > 2 else None
+    if zero is None or zero.dtype.kind not in "iu":
+        return zero is None and not quantize.attrs.get(
+            "output_dtype"
+        )  # of bytes without a sign, zero is the lowest
+    return bool((zero == np.iinfo(zero.dtype).min).all())
+
+
+def _stays_positive(node: Node, positive: set[str], constants: Mapping[str, Array]) -> bool:
+    """Whether what a node gives is never negative. positive: the tensors before it that aren't."""
+    if node.kind in NEVER_NEGATIVE:
+        return True
+    known = [
+        bool((constants[name] >= 0).all()) if name in constants else name in positive for name in node.inputs
+    ]
+    return all(known) if node.kind in SUMS else node.kind in ARRANGED and known[:1] == [True]
+
+
+def _same_grid(first: Node, second: Node, constants: Mapping[str, Array]) -> bool:
+    """Whether a pair decodes with what it encoded by: the same names, or equal numbers."""
+    grids = [
+        [constants[name].tolist() if name in constants else name for name in node.inputs[1:]]
+        for node in (first, second)
+    ]
+    return grids[0] == grids[1]
+
+
+def _decoded(node: Node, model: Model, constants: Mapping[str, Array]) -> Array:
+    call = Call(node.kind, node.name, node.attrs, model.opset)
+    found = dequantize(call, *(constants[name] if name else None for name in node.inputs))
+    return np.asarray(found.numpy())
+
+
+def _needed(nodes: list[Node], outputs: list[str]) -> list[Node]:
+    """Those of the nodes that something reads."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted & set(node.outputs):
+            kept.append(node)
+            wanted.update(node.inputs)
+    return kept[::-1]
