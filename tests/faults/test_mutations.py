@@ -1,4 +1,4 @@
-"""Each guard of `mutations.py` and `mutations_of_formats.py` is there, and with it switched off its test fails."""
+"""Each guard of `mutations.py` and its neighbours is there, and with it switched off its test fails."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.faults import mutations, mutations_of_formats
+from tests.faults import mutations, mutations_of_formats, mutations_of_onnx
 from tests.faults.mutations import Mutation
 from tests.faults.test_table import ROOT, absent
 
-MUTATIONS = (*mutations.MUTATIONS, *mutations_of_formats.MUTATIONS)
+MUTATIONS = (*mutations.MUTATIONS, *mutations_of_formats.MUTATIONS, *mutations_of_onnx.MUTATIONS)
 PACKAGE = ROOT / "src" / "bitport"
 FAILED = 1  # pytest: some test failed; other codes mean that it couldn't even run
 NOT_THE_COPY = 99
