@@ -162,6 +162,8 @@ def test_no_file_holds_a_source_location_or_the_users_name(
     for name, content in pieces(folder):
         if name == "report.html":
             content = re.sub(rb"<script.*?</script>", b"", content, flags=re.S)
+        if name == "manifest.json":
+            content = content.replace(b'"run.py"', b"")  # a file of the artifact itself
         assert LOCATION.search(content) is None, (name, LOCATION.search(content))
         if name.endswith(".json"):
             assert socket.gethostname().encode() not in content, name
