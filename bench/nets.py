@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -89,7 +90,7 @@ class Mlp(nn.Module):
         return y
 
 
-def seeded(make: type[nn.Module]) -> nn.Module:
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     """A network with fixed weights, in eval mode; the caller's random state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
