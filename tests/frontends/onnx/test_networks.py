@@ -149,6 +149,12 @@ def test_an_input_that_decides_shapes_is_fixed_and_that_is_told() -> None:
         load_proto(proto)
 
 
+def test_an_input_that_decides_shapes_is_of_a_type_that_is_known_without_data() -> None:
+    proto = model([helper.make_node("Range", ["x", "x", "x"], ["y"])], shape=())
+    with pytest.raises(LoadError, match=r"'x' decides shapes and is torch.bfloat16"):
+        load_proto(proto, torch.tensor(1.0, dtype=torch.bfloat16))
+
+
 def test_a_shape_that_depends_on_data_is_refused_by_node() -> None:
     nodes = [
         helper.make_node("ArgMax", ["x"], ["most"], axis=1, keepdims=0),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import LoadError
 from ...graph import Graph
 from .. import pytorch
-from ._calls import OPERATORS, Array
+from ._calls import OPERATORS, SMALL_FLOATS, Array
 from ._module import identifier, network
 from ._reading import Model, Port, from_proto, read
 from ._rounding import without_rounding
@@ -99,6 +99,10 @@ def _known(name: str, examples: Mapping[str, Tensor | None]) -> Array:
     value = examples[name]
     if value is None:
         raise LoadError(f"input {name!r} decides shapes: give its value in example_inputs")
+    if value.dtype in SMALL_FLOATS.values():
+        raise LoadError(
+            f"input {name!r} decides shapes and is {value.dtype}: only integers and usual floats can"
+        )
     return np.asarray(value.detach().cpu().numpy())
 
 

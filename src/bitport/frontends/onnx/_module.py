@@ -18,6 +18,9 @@ from . import attention, elementwise, indexing, layers, quantized, recurrent, re
 from ._calls import OPERATORS, Array, Call, Operator, Unsupported, Value, is_known, tensor
 from ._reading import DOMAINS, Model, Node
 
+# what Python and torch raise where a node's values don't fit its operator, as in a damaged file
+UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# imported so that their operators are in the table
 TABLES = (attention, elementwise, indexing, layers, quantized, recurrent, reducing, sampling, shaping)
 # operators whose constants may have been learnt: they become parameters where there are several numbers
 LEARNT = {
@@ -173,7 +176,7 @@ def _told(node: Node) -> Iterator[None]:
         yield
     except BitportError:
         raise
-    except Exception as error:
+    except UNFIT as error:
         raise LoadError(f"node {node.name!r} ({node.kind}) can't be imported: {first_line(error)}") from error
 
 

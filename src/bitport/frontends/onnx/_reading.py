@@ -64,12 +64,13 @@ class Model:
 def read(path: Path) -> Model:
     """Raises LoadError where it is no ONNX model, UnsafeFile where it wants data from outside its folder."""
     import onnx
+    from google.protobuf.message import DecodeError
 
     try:
         proto = onnx.ModelProto.FromString(path.read_bytes())
     except OSError as error:
         raise LoadError(f"{path.name} can't be read: {first_line(error)}") from error
-    except Exception as error:  # protobuf's own
+    except DecodeError as error:
         raise LoadError(f"{path.name} is no ONNX model, or is cut off: {first_line(error)}") from error
     if not proto.graph.output:
         raise LoadError(f"{path.name} holds no network: its graph has no outputs")
@@ -90,7 +91,7 @@ def from_proto(proto: Any, name: str = "the model") -> Model:
     if 0 < opset < OLDEST:
         try:
             proto = onnx.version_converter.convert_version(proto, CONVERTED)
-        except Exception as error:
+        except RuntimeError as error:  # what its C++ raises
             raise LoadError(
                 f"{name} is written in opset {opset}, which can't be converted to {CONVERTED}: {first_line(error)}; "
                 "export it again in a newer one"
@@ -138,7 +139,7 @@ def _node(item: Any, index: int) -> Node:
             attrs[attribute.name] = _array(attribute.t)
             continue
         try:
-            attrs[attribute.name] = helper.get_attribute_value(attribute)
+            attrs[attribute.name] = _text(helper.get_attribute_value(attribute))
         except (ValueError, TypeError) as error:
             raise LoadError(
                 f"node {item.name!r} has an attribute that can't be read: {first_line(error)}"
@@ -155,6 +156,13 @@ def _node(item: Any, index: int) -> Node:
         attrs,
         _scope(item),
     )
+
+
+def _text(value: Any) -> Any:
+    """An attribute whose bytes are text. Raises UnicodeDecodeError, a ValueError."""
+    if isinstance(value, list):
+        return [_text(item) for item in value]
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _name_apart(nodes: list[Node]) -> None:
@@ -214,7 +222,7 @@ def _array(tensor: Any) -> Array:
         )
     try:
         return np.asarray(numpy_helper.to_array(tensor))
-    except Exception as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise LoadError(f"tensor {tensor.name!r} can't be read: {first_line(error)}") from error
 
 

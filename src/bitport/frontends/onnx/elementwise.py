@@ -19,7 +19,7 @@ DTYPES: dict[int, torch.dtype] = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 4: torch.uint16, 5: torch.int16, 6: torch.int32, 7: torch.int64,
     9: torch.bool, 10: torch.float16, 11: torch.float64, 12: torch.uint32, 13: torch.uint64, 16: torch.bfloat16,
 }  # fmt: skip
-SMALL_FLOATS: dict[int, torch.dtype] = {
+EIGHT_BITS: dict[int, torch.dtype] = {
     17: torch.float8_e4m3fn, 18: torch.float8_e4m3fnuz, 19: torch.float8_e5m2, 20: torch.float8_e5m2fnuz,
 }  # fmt: skip
 NARROW = {21: (4, False), 22: (4, True), 25: (2, False), 26: (2, True)}  # bits, and whether there is a sign
@@ -118,7 +118,7 @@ def power(call: Call, a: Value, b: Value) -> Value:
 @operator("BitShift")
 def bit_shift(call: Call, a: Value, b: Value) -> Value:
     x, y = tensor(a), tensor(b)
-    left, bits = _text(call.attr("direction")) == "LEFT", 8 * x.dtype.itemsize
+    left, bits = call.attr("direction") == "LEFT", 8 * x.dtype.itemsize
     if x.dtype == torch.uint64:
         call.refuse("torch can't shift 64 bits without a sign")
     wide, by = x.to(torch.int64), y.to(torch.int64)
@@ -220,7 +220,7 @@ def selu(call: Call, x: Value) -> Value:
 
 @operator("Gelu")
 def gelu(call: Call, x: Value) -> Value:
-    return F.gelu(tensor(x), approximate=_text(call.attr("approximate", "none")))
+    return F.gelu(tensor(x), approximate=call.attr("approximate", "none"))
 
 
 @operator("Swish")
@@ -304,8 +304,8 @@ def convert(call: Call, x: Tensor, kind: Any) -> Value:
         if x.dtype.itemsize == 1 and x.is_floating_point():
             x = x.float()
         return x.to(DTYPES[kind])
-    if kind in SMALL_FLOATS:
-        wanted = SMALL_FLOATS[kind]
+    if kind in EIGHT_BITS:
+        wanted = EIGHT_BITS[kind]
         x = x.float()
         if call.attr("saturate", 1):
             largest = torch.finfo(wanted).max
@@ -327,10 +327,6 @@ def cast_like(call: Call, x: Value, like: Value) -> Value:
     """What lies in bytes for want of a type of its own can't be told from bytes."""
     x, wanted = tensor(x), tensor(like).dtype
     kind = next(
-        (kind for kinds in (DTYPES, SMALL_FLOATS) for kind, dtype in kinds.items() if dtype == wanted), None
+        (kind for kinds in (DTYPES, EIGHT_BITS) for kind, dtype in kinds.items() if dtype == wanted), None
     )
     return x.to(wanted) if kind is None else convert(call, x, kind)
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

@@ -87,8 +87,7 @@ def scatter_elements(call: Call, x: Value, index: Value, updates: Value) -> Valu
 
 
 def _how(call: Call) -> str:
-    how = call.attr("reduction", b"none")
-    return how.decode() if isinstance(how, bytes) else str(how)
+    return str(call.attr("reduction", "none"))
 
 
 @operator("ScatterND")
@@ -111,8 +110,7 @@ def tensor_scatter(call: Call, past: Value, update: Value, at: Value = None) -> 
     axis = axis % past.dim()
     starts = torch.zeros(past.shape[0], dtype=torch.int64) if at is None else tensor(at).to(torch.int64)
     steps = starts[:, None] + torch.arange(update.shape[axis])[None, :]
-    mode = call.attr("mode", b"linear")
-    if (mode.decode() if isinstance(mode, bytes) else mode) == "circular":
+    if call.attr("mode", "linear") == "circular":
         steps = steps % past.shape[axis]
     shape = [past.shape[0]] + [1] * (past.dim() - 1)
     shape[axis] = update.shape[axis]

@@ -22,16 +22,11 @@ PARAMETERS = {1: "weight", 2: "bias"}
 BIAS = 2  # the slot under which a product finds what is added to it alone
 
 
-def text(call: Call, name: str, default: str) -> str:
-    found = call.attr(name, default)
-    return found.decode() if isinstance(found, bytes) else str(found)
-
-
 def _sides(
     call: Call, sizes: Any, kernel: list[int], stride: list[int], dilation: list[int]
 ) -> list[tuple[int, int]]:
     """(before, after) of each spatial axis, as `pads` or `auto_pad` say."""
-    count, auto = len(kernel), text(call, "auto_pad", "NOTSET")
+    count, auto = len(kernel), call.attr("auto_pad", "NOTSET")
     if auto in ("NOTSET", "VALID"):
         pads = call.attr("pads") if auto == "NOTSET" else None
         pads = pads or [0] * (2 * count)
@@ -54,13 +49,18 @@ def _even(sides: list[tuple[int, int]]) -> bool:
     return all(before == after for before, after in sides)
 
 
-@operator("Conv", params=PARAMETERS)
-def conv(call: Call, x: Value, w: Value, b: Value = None) -> Value:
-    x, w = tensor(x), tensor(w)
+def _windows(call: Call, w: Tensor) -> tuple[int, list[int], list[int]]:
+    """(spatial axes, strides, dilations) of a convolution with weights w."""
     count = w.dim() - 2
     if count not in CONV:
         call.refuse(f"convolutions over {count} axes")
-    stride, dilation = call.sides("strides", count, 1), call.sides("dilations", count, 1)
+    return count, call.sides("strides", count, 1), call.sides("dilations", count, 1)
+
+
+@operator("Conv", params=PARAMETERS)
+def conv(call: Call, x: Value, w: Value, b: Value = None) -> Value:
+    x, w = tensor(x), tensor(w)
+    count, stride, dilation = _windows(call, w)
     sides = _sides(call, x.shape[2:], list(w.shape[2:]), stride, dilation)
     if not _even(sides):
         x, sides = F.pad(x, _flat(sides)), [(0, 0)] * count
@@ -71,12 +71,9 @@ def conv(call: Call, x: Value, w: Value, b: Value = None) -> Value:
 @operator("ConvTranspose", params=PARAMETERS)
 def conv_transpose(call: Call, x: Value, w: Value, b: Value = None) -> Value:
     x, w = tensor(x), tensor(w)
-    count = w.dim() - 2
-    if count not in CONV_TRANSPOSE:
-        call.refuse(f"transposed convolutions over {count} axes")
-    stride, dilation = call.sides("strides", count, 1), call.sides("dilations", count, 1)
+    count, stride, dilation = _windows(call, w)
     extra, shape = call.sides("output_padding", count, 0), call.attr("output_shape")
-    auto = text(call, "auto_pad", "NOTSET")
+    auto = call.attr("auto_pad", "NOTSET")
     reach = [(k - 1) * d + 1 for k, d in zip(w.shape[2:], dilation, strict=True)]
     if shape is None and auto in ("SAME_UPPER", "SAME_LOWER"):
         shape = [size * s for size, s in zip(x.shape[2:], stride, strict=True)]
@@ -373,7 +370,7 @@ def dropout(call: Call, x: Value, ratio: Value = None, training: Value = None) -
 
 @operator("Einsum")
 def einsum(call: Call, *values: Value) -> Value:
-    return torch.einsum(text(call, "equation", ""), *map(tensor, values))
+    return torch.einsum(call.attr("equation", ""), *map(tensor, values))
 
 
 @operator("Det")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._calls import Call, Value, operator, tensor
-from .elementwise import DTYPES, SMALL_FLOATS, convert
+from .elementwise import DTYPES, EIGHT_BITS, convert
 from .layers import conv
 
 
@@ -28,7 +28,7 @@ def quantize(call: Call, x: Value, scale: Value, zero: Value = None) -> Value:
     """clip(rne(x / scale) + zero_point)."""
     x, scale = tensor(x), tensor(scale)
     wanted = tensor(zero).dtype if zero is not None else DTYPES.get(call.attr("output_dtype", 2) or 2)
-    small = [kind for kind, dtype in SMALL_FLOATS.items() if dtype == wanted]
+    small = [kind for kind, dtype in EIGHT_BITS.items() if dtype == wanted]
     if small:
         return convert(call, x / _spread(call, scale, x), small[0])
     if wanted is None or wanted.is_floating_point:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ._calls import Array, Call, Value, operator, tensor
-from .layers import text
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 ORDER = {"RNN": [0], "GRU": [1, 0, 2], "LSTM": [0, 2, 3, 1]}  # torch's gates, by their place in ONNX
@@ -22,13 +21,13 @@ LENGTHS, HIDDEN, CELL, PEEPHOLES = 4, 5, 6, 7
 
 
 def _directions(call: Call) -> int:
-    return 2 if text(call, "direction", "forward") == "bidirectional" else 1
+    return 2 if call.attr("direction", "forward") == "bidirectional" else 1
 
 
 def _activations(call: Call) -> list[str]:
     found = call.attr("activations")
     names = ACTIVATIONS[call.kind] * _directions(call) if found is None else found
-    return [(name.decode() if isinstance(name, bytes) else str(name)).lower() for name in names]
+    return [name.lower() for name in names]
 
 
 def _check(call: Call) -> None:
@@ -52,7 +51,7 @@ def _layer(call: Call, known: Mapping[int, Array]) -> nn.Module | None:
         return None
     if call.kind == "GRU" and not call.attr("linear_before_reset", 0):
         return None
-    if text(call, "direction", "forward") == "reverse":
+    if call.attr("direction", "forward") == "reverse":
         return None
     hidden = recurrent.shape[-1]
     options: dict[str, Any] = {"nonlinearity": "relu"} if relu else {}
@@ -132,7 +131,7 @@ def recurrent(call: Call, *values: Value) -> Any:
     zeros = x.new_zeros(x.shape[1], r.shape[-1])
     every, lasts, cells = [], [], []
     for d in range(_directions(call)):
-        turned = text(call, "direction", "forward") == "reverse" or d == 1
+        turned = call.attr("direction", "forward") == "reverse" or d == 1
         b = x.new_zeros(2 * w.shape[1]) if given[3] is None else tensor(given[3])[d]
         peep = None if given[PEEPHOLES] is None else tensor(given[PEEPHOLES])[d]
         names = _activations(call)[d * len(ACTIVATIONS[call.kind]) :]

@@ -95,8 +95,7 @@ for _name, _compute in REDUCTIONS.items():
 
 
 def _reduced(call: Call, lost: Tensor, weight: Tensor) -> Value:
-    how = call.attr("reduction", b"mean")
-    how = how.decode() if isinstance(how, bytes) else how
+    how = call.attr("reduction", "mean")
     if how == "none":
         return lost
     return lost.sum() if how == "sum" else lost.sum() / weight.sum()

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._calls import Call, Value, operator, tensor
-from .layers import text
 
 GRID = {
     "bilinear": "bilinear",
@@ -36,20 +35,20 @@ def resize(call: Call, x: Value, roi: Value = None, scales: Value = None, sizes:
         return upsample(call, x, roi)
     x = tensor(x)
     axes = [int(a) % x.dim() for a in call.attr("axes") or range(x.dim())]
-    mode = text(call, "coordinate_transformation_mode", "half_pixel")
+    mode = call.attr("coordinate_transformation_mode", "half_pixel")
     if mode == "tf_crop_and_resize":
         call.refuse("it crops while it resizes")
     factors = None
     if scales is not None and np.asarray(scales).size:
         factors = [float(s) for s in call.ints(scales, "scales")]
     wanted = None if sizes is None else call.ints(sizes, "sizes")
-    policy = text(call, "keep_aspect_ratio_policy", "stretch")
+    policy = call.attr("keep_aspect_ratio_policy", "stretch")
     if wanted is not None and policy != "stretch":
         ratios = [w / x.shape[a] for a, w in zip(axes, wanted, strict=True)]
         ratio = min(ratios) if policy == "not_larger" else max(ratios)
         wanted = [math.floor(ratio * x.shape[a] + 0.5) for a in axes]
         factors = [ratio] * len(axes)
-    return _resized(call, x, axes, factors, wanted, mode, text(call, "nearest_mode", "round_prefer_floor"))
+    return _resized(call, x, axes, factors, wanted, mode, call.attr("nearest_mode", "round_prefer_floor"))
 
 
 def _resized(
@@ -57,9 +56,10 @@ def _resized(
     rounding: str,
 ) -> Value:  # fmt: skip
     """Axis by axis, with a matrix of weights for each; by torch's own operator where that is the same."""
-    kind = text(call, "mode", "nearest")
+    kind = call.attr("mode", "nearest")
     if factors is None:
-        assert wanted is not None
+        if wanted is None:
+            call.refuse("it has neither scales nor sizes")
         factors = [w / x.shape[a] for a, w in zip(axes, wanted, strict=True)]
     own = _by_torch(call, x, axes, factors, wanted, mode, kind, rounding)
     if own is not None:
@@ -169,12 +169,12 @@ def _cubic(away: Any, a: float) -> Any:
 
 @operator("GridSample")
 def grid_sample(call: Call, x: Value, grid: Value) -> Value:
-    mode = text(call, "mode", "linear")
+    mode = call.attr("mode", "linear")
     return F.grid_sample(
         tensor(x),
         tensor(grid),
         GRID[mode],
-        text(call, "padding_mode", "zeros"),
+        call.attr("padding_mode", "zeros"),
         bool(call.attr("align_corners", 0)),
     )
 

@@ -183,8 +183,7 @@ def pad(call: Call, x: Value, pads: Value = None, value: Value = None, axes: Val
     sizes = call.ints(call.attr("pads") if pads is None else pads, "pads")
     where = list(range(x.dim())) if axes is None else [int(a) % x.dim() for a in call.ints(axes, "axes")]
     ends = {axis: (sizes[i], sizes[i + len(where)]) for i, axis in enumerate(where)}
-    mode = call.attr("mode", b"constant")
-    mode = mode.decode() if isinstance(mode, bytes) else mode
+    mode = call.attr("mode", "constant")
     if mode == "constant":
         fill = call.attr("value", 0.0) if value is None else call.number(value, "value")
         flat = [side for axis in reversed(range(x.dim())) for side in ends.get(axis, (0, 0))]
@@ -232,8 +231,7 @@ def trilu(call: Call, x: Value, k: Value = None) -> Value:
 @operator("DepthToSpace")
 def depth_to_space(call: Call, x: Value) -> Value:
     x, b = tensor(x), call.attr("blocksize")
-    mode = call.attr("mode", b"DCR")
-    if (mode.decode() if isinstance(mode, bytes) else mode) == "CRD":
+    if call.attr("mode", "DCR") == "CRD":
         return F.pixel_shuffle(x, b)
     n, c, h, w = x.shape
     parts = x.reshape(n, b, b, c // (b * b), h, w).permute(0, 3, 4, 1, 5, 2)

@@ -75,19 +75,26 @@ def stored(value: Any, spec: Mapping[str, Any]) -> Any:
     array, kept = np.asarray(value), spec.get("stored")
     if kept is None:
         return array.astype(spec["dtype"], copy=False)
-    if array.dtype == kept["dtype"]:
-        return array
-    limits = np.iinfo(kept["dtype"])
-    q = np.rint(array.astype(np.float32) / np.float32(kept["scale"])) + kept["zero_point"]
-    return np.clip(q, limits.min, limits.max).astype(kept["dtype"])
+    return array if array.dtype == kept["dtype"] else quantize(array, **kept)
 
 
 def real(value: Any, spec: Mapping[str, Any]) -> Any:
     """An output as numbers."""
     kept = spec.get("stored")
-    if kept is None:
-        return value
-    return (value.astype(np.int32) - kept["zero_point"]).astype(np.float32) * np.float32(kept["scale"])
+    return value if kept is None else dequantize(value, kept["scale"], kept["zero_point"])
+
+
+def quantize(value: Any, scale: float, zero_point: int, dtype: str) -> Any:
+    """As QuantizeLinear: divided in float32, rounded half to even, saturated; NaN is 0."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        scaled = np.rint(value.astype(np.float32) / np.float32(scale)) + np.float32(zero_point)
+        limits = np.iinfo(dtype)
+        return np.clip(np.nan_to_num(scaled, nan=0.0), limits.min, limits.max).astype(dtype)
+
+
+def dequantize(value: Any, scale: float, zero_point: int) -> Any:
+    """scale · (integer − zero_point), float32."""
+    return (value.astype(np.int32) - zero_point).astype(np.float32) * np.float32(scale)
 
 
 def check(network: Network) -> int:

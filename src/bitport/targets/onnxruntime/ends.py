@@ -14,6 +14,7 @@ import numpy as np
 
 from ...errors import ExportError
 from ...graph import Graph
+from ._runner import dequantize, quantize
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -36,14 +37,11 @@ class End:
 
     def quantize(self, value: Array) -> Array:
         """As QuantizeLinear: divided in float32, rounded half to even, saturated."""
-        with np.errstate(invalid="ignore", over="ignore"):
-            scaled = np.rint(value.astype(np.float32) / np.float32(self.scale)) + np.float32(self.zero_point)
-            limits = np.iinfo(self.dtype)
-            q: Array = np.clip(np.nan_to_num(scaled, nan=0.0), limits.min, limits.max).astype(self.dtype)
+        q: Array = quantize(value, self.scale, self.zero_point, self.dtype)
         return q
 
     def dequantize(self, value: Array) -> Array:
-        real: Array = (value.astype(np.int32) - self.zero_point).astype(np.float32) * np.float32(self.scale)
+        real: Array = dequantize(value, self.scale, self.zero_point)
         return real
 
 
