@@ -112,7 +112,9 @@ def test_the_page_tells_gaps_failures_and_versions() -> None:
         ("vit", cell): standing(120, 0, 40, "failed: Traceback\n  File\nValueError: planted"),
     }
     versions = {"peer0": {"torch": "9.9"}, "bitport": {"onnxruntime": "7.7"}}
-    text = page.section(found, versions, [0], {"peer0": "requirements.txt: log\nERROR: planted too"})
+    text = page.section(
+        found, versions, [0], {"peer0": "requirements.txt: log\nERROR: planted too"}, ["a CPU"]
+    )
     assert text.startswith(CONTEST)
     assert "peer0: 4.00 (" in text and ": ahead |" in text and ": behind |" in text
     assert "`best` above the best peer, or tied with it, in 1 of 2 cells" in text
@@ -127,7 +129,7 @@ def test_the_page_tells_every_seed() -> None:
         pooled([RIGHT, RIGHT], [wrong(a), wrong(b)], [1.0, 1.0], text=False) for a, b in ((10, 30), (50, 70))
     )
     found = {("thin", Cell("W4A4", 4, 4)): Standing(False, {"best": own}, {"peer": other})}
-    text = page.section(found, {}, [0, 1], {})
+    text = page.section(found, {}, [0, 1], {}, ["a CPU"])
     (row,) = [line for line in text.partition("Seed by seed (0, 1)")[2].splitlines() if "| W4A4 |" in line][
         :1
     ]
@@ -341,7 +343,7 @@ def test_records_of_several_seeds_make_one_table(tmp_path: Path) -> None:
     every = [Job(name, "thin", seed, cell, effort) for seed in (0, 1) for name, effort in
              (("bitport", "best"), ("peer", None), ("late", None))]  # fmt: skip
     for seed in (0, 1):
-        ours = {"scores": records.pack(wrong(5)), "versions": {"x": "1"}, "commit": "abc"}
+        ours = {"scores": records.pack(wrong(5)), "versions": {"x": "1"}, "commit": f"abc{seed}"}
         theirs = {"scores": records.pack(wrong(40 + seed)), "versions": {"y": "2"}}
         results = {
             "bitport-best: W4A4": {"seconds": 1.0, **ours},
@@ -355,4 +357,7 @@ def test_records_of_several_seeds_make_one_table(tmp_path: Path) -> None:
         "unsupported: it has not run"
     )
     assert standing.ours["best"].loss.drop == pytest.approx(0.5) and standing.ours["best"].loss.n == 2000
-    assert contest.versions(every, found) == {"bitport": {"x": "1", "commit": "abc"}, "peer": {"y": "2"}}
+    assert contest.versions(every, found) == {
+        "bitport": {"x": "1", "commit": "abc0 and abc1"},
+        "peer": {"y": "2"},
+    }

@@ -269,13 +269,16 @@ def standings(every: Sequence[Job], found: Records) -> dict[tuple[str, Cell], St
 
 
 def versions(every: Sequence[Job], found: Records) -> dict[str, dict[str, str]]:
-    """What each entrant ran with, by its name; ours with the commit as well."""
+    """What each entrant ran with, by its name; ours with the commits as well."""
     told: dict[str, dict[str, str]] = {}
+    commits: set[str] = set()
     for job in every:
         result = found[job.network, job.seed].results.get(job.row, {})
         if "versions" in result:
-            commit = {"commit": str(result["commit"])} if job.entrant == OWN and "commit" in result else {}
-            told.setdefault(job.entrant, {**result["versions"], **commit})
+            told.setdefault(job.entrant, dict(result["versions"]))
+            commits |= {str(result["commit"])} if job.entrant == OWN and "commit" in result else set()
+    if commits:
+        told[OWN]["commit"] = " and ".join(sorted(commits))
     return told
 
 
@@ -330,7 +333,8 @@ def main() -> None:
     if arguments.record:
         for network, seed in dict.fromkeys((job.network, job.seed) for job in todo):
             records.write(records.place(RECORDS, network, seed), found[network, seed])
-    text = page.section(standings(every, found), versions(every, found), seeds, troubles)
+    cpus = sorted({record.cpu for record in found.values()})
+    text = page.section(standings(every, found), versions(every, found), seeds, troubles, cpus)
     publish_section(text, arguments.write, page.HEADING)
 
 

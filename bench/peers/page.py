@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from bench.table import CONTEST
 from bitport.numerics.intervals import Interval
-from bitport.targets._base import host
 
 from .cells import TESTED, TESTED_TEXTS, TITLES, Cell
 from .judge import Entry, Standing, at_or_above
@@ -22,14 +21,15 @@ def section(
     versions: Mapping[str, Mapping[str, str]],
     seeds: Sequence[int],
     troubles: Mapping[str, str],
+    cpus: Sequence[str],
 ) -> str:
     """Markdown: how it was measured, the table, who is ahead, what each peer did, what failed.
 
-    troubles: what failed of making a tool's environment.
+    troubles: what failed of making a tool's environment. cpus: the processors that it ran on.
     """
     peers = sorted({name for standing in found.values() for name in standing.peers})
     parts = [
-        _intro(seeds),
+        _intro(seeds, cpus),
         _table(found),
         _counts(found),
         *([_seeds(found, seeds)] if len(seeds) > 1 else []),
@@ -39,11 +39,11 @@ def section(
     return "\n".join(parts)
 
 
-def _intro(seeds: Sequence[int]) -> str:
+def _intro(seeds: Sequence[int], cpus: Sequence[str]) -> str:
     return f"""{HEADING}
 
 Made by `make contest`: other tools on the same networks, calibration data and seeds ({len(seeds)}), each in an
-environment of its own (`bench/peers/`). {host()["cpu"]}, one thread each. Loss against float with its paired 95 %
+environment of its own (`bench/peers/`). {" and ".join(cpus)}, one thread each. Loss against float with its paired 95 %
 interval over all seeds: in points of accuracy on {TESTED:,} generated images a seed, or in percent of the bits a byte
 on {TESTED_TEXTS} stretches of text. Seconds are the median of quantizing alone. bitport's outputs are those of ONNX
 Runtime, all tensors between layers in 8 bits; peers' mostly those of their own simulation, additions and gates in

@@ -74,6 +74,17 @@ def test_roundings_go_and_what_they_have_cut_stays_cut(zero: Any, source: str, w
     assert not any("quantize" in str(node.target) for node in graph.nodes())
 
 
+def test_outputs_keep_their_names() -> None:
+    proto = rounded(np.uint8(128))
+    proto.graph.output.append(helper.make_tensor_value_info("z2", 1, None))
+    proto.graph.node.append(helper.make_node("Neg", ["y"], ["z2"]))
+    x = torch.randn(2, 3, 8, 8)
+    graph = load_proto(proto, x)
+    assert [spec.name for spec in graph.outputs] == ["y", "z2"]
+    first, second = graph.run(x)
+    assert torch.equal(first, -x) and torch.equal(second, x)
+
+
 def test_a_pair_that_decodes_otherwise_than_it_encodes_stays() -> None:
     x = torch.rand(2, 3, 8, 8)
     graph = load_proto(rounded(np.uint8(10), np.uint8(20)), -x)

@@ -65,7 +65,10 @@ def load_model(
     device: str = "cpu",
     nonfinite: str = "refuse",
 ) -> Graph:
-    """The same of what was read. A quantized file gives the float network that it was made of."""
+    """The same of what was read. A quantized file gives the float network that it was made of.
+
+    It uses up the model's constants, which may be as large as the network.
+    """
     model = without_rounding(model)
     examples = _examples(model, example_inputs)
     deciding = _deciding(model)

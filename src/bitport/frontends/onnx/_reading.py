@@ -21,7 +21,7 @@ import numpy as np
 from ...errors import LoadError, UnsafeFile, first_line
 from ._calls import Array
 
-OLDEST = 7  # opset that is read as it is; older ones are converted
+OLDEST, NEWEST = 7, 28  # opsets that are read as they are; older ones are converted
 CONVERTED = 13
 KEYS = {"location", "offset", "length", "checksum", "basepath"}
 BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
@@ -88,7 +88,13 @@ def from_proto(proto: Any, name: str = "the model") -> Model:
 
     notes = []
     opset = next((item.version for item in proto.opset_import if item.domain in DOMAINS), 0)
-    if 0 < opset < OLDEST:
+    if not opset:
+        raise LoadError(f"{name} doesn't say which opset it is written in: export it again")
+    if opset > NEWEST:
+        raise LoadError(
+            f"{name} is written in opset {opset}, and operators are known up to {NEWEST}: export it in an older one"
+        )
+    if opset < OLDEST:
         try:
             proto = onnx.version_converter.convert_version(proto, CONVERTED)
         except RuntimeError as error:  # what its C++ raises
@@ -111,7 +117,7 @@ def from_proto(proto: Any, name: str = "the model") -> Model:
         raise LoadError(f"{name}: two inputs have one name")
     nodes = [_node(item, index) for index, item in enumerate(graph.node)]
     _name_apart(nodes)
-    model = Model(inputs, [item.name for item in graph.output], nodes, constants, opset or 1, notes)
+    model = Model(inputs, [item.name for item in graph.output], nodes, constants, opset, notes)
     _check_order(model, name)
     return model
 

@@ -6,7 +6,7 @@ else keeps its tensor from being negative. Weights that a DequantizeLinear decod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -54,12 +54,14 @@ def without_rounding(model: Model) -> Model:
         nodes.append(node)
     if not pairs and not weights:
         return model
-    outputs = [instead.get(name, name) for name in model.outputs]
-    nodes = _needed(nodes, outputs)
+    for name in model.outputs:
+        if name in instead:  # outputs keep their names
+            nodes.append(Node("Identity", "", f"{name} as it is", [instead[name]], [name], {}, scope=""))
+    nodes = _needed(nodes, model.outputs)
     note = (
         f"the file is quantized: {pairs} roundings of activations were taken out, {weights} weights decoded"
     )
-    return replace(model, nodes=nodes, outputs=outputs, constants=constants, notes=[*model.notes, note])
+    return replace(model, nodes=nodes, constants=constants, notes=[*model.notes, note])
 
 
 def _starts_at_zero(quantize: Node, constants: Mapping[str, Array]) -> bool:
@@ -97,7 +99,7 @@ def _decoded(node: Node, model: Model, constants: Mapping[str, Array]) -> Array:
     return np.asarray(found.numpy())
 
 
-def _needed(nodes: list[Node], outputs: list[str]) -> list[Node]:
+def _needed(nodes: list[Node], outputs: Sequence[str]) -> list[Node]:
     """Those of the nodes that something reads."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
