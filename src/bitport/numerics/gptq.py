@@ -198,28 +198,26 @@ def _sweep(target: Tensor, h: Tensor, steps: _Rounding, *, fits: bool, order: bo
     permuted = torch.arange(columns)
     if order:
         permuted = h.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True, stable=True)
-    w, moved = target[:, :, permuted].clone(), h[:, permuted][:, :, permuted]
+    w = target[:, :, permuted].transpose(1, 2).contiguous()  # [B, K, R]: a column's numbers lie together
+    moved = h[:, permuted][:, :, permuted]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moved))
     upper = torch.linalg.cholesky(inverse, upper=True)
     weights = h.diagonal(dim1=1, dim2=2)
     values = torch.empty_like(w)
     for start, end in _blocks(columns, steps.spans if fits else []):
-        errors = torch.empty_like(w[:, :, start:end])
+        errors = torch.empty_like(w[:, start:end])
         for k in range(start, end):
             group = int(steps.home[permuted[k]])
             if fits and steps.spans[group][0] == k:
                 first, last = steps.spans[group]
-                steps.fit(group, w[:, :, first:last], weights[:, first:last])
-            column = w[:, :, k]
-            values[:, :, k] = steps.column(column, group)
-            error = (column - values[:, :, k]) / upper[:, k, k, None]
-            errors[:, :, k - start] = error
-            if k + 1 < end:
-                w[:, :, k + 1 : end] -= error[:, :, None] * upper[:, None, k, k + 1 : end]
-        if end < columns:
-            w[:, :, end:] -= errors @ upper[:, start:end, end:]
-    back = torch.empty_like(values)
-    back[:, :, permuted] = values
+                steps.fit(group, w[:, first:last].transpose(1, 2), weights[:, first:last])
+            values[:, k] = steps.column(w[:, k], group)
+            errors[:, k - start] = (w[:, k] - values[:, k]) / upper[:, k, k, None]
+            error = errors[:, k - start, None]
+            w[:, k + 1 : end].baddbmm_(upper[:, k, k + 1 : end, None], error, alpha=-1)
+        w[:, end:].baddbmm_(upper[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
+    back = torch.empty_like(target)
+    back[:, :, permuted] = values.transpose(1, 2)
     return Solution(back.float(), steps.scale, steps.zero_point, loss(target - back.float().double(), h))
 
 
@@ -279,23 +277,29 @@ def _descended(solution: Solution, target: Tensor, h: Tensor, grid: Grid) -> Sol
     """Each code in turn at its best with all others as they are; scales stay."""
     fmt, columns = grid.format, target.shape[2]
     home = _home(columns, fmt)
-    scale = solution.scale.double()[:, :, home]
-    zero = solution.zero_point.double()[:, :, home]
-    v = _codes(solution, fmt, home)
-    pull = (target - v * scale) @ h
-    diagonal = h.diagonal(dim1=1, dim2=2)
+    # [B, K, R]: a column's numbers lie together
+    scale, zero, v, wanted = (
+        part.transpose(1, 2).contiguous()
+        for part in (
+            solution.scale.double()[:, :, home],
+            solution.zero_point.double()[:, :, home],
+            _codes(solution, fmt, home),
+            target,
+        )
+    )
+    pull = h @ (wanted - v * scale)
+    curvature = h.diagonal(dim1=1, dim2=2)[:, :, None] * scale
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
-        changes = torch.empty_like(v[:, :, start:end])
-        part = pull[:, :, start:end].clone()
+        changes = torch.empty_like(v[:, start:end])
         for k in range(start, end):
-            wish = v[:, :, k] + part[:, :, k - start] / (diagonal[:, k, None] * scale[:, :, k])
-            new = torch.round(wish).clamp_(fmt.low - zero[:, :, k], fmt.high - zero[:, :, k])
-            change = (new - v[:, :, k]) * scale[:, :, k]
-            v[:, :, k] = new
-            changes[:, :, k - start] = change
-            part -= change[:, :, None] * h[:, None, k, start:end]
-        pull -= changes @ h[:, start:end, :]
-    values = (v * scale).float()
+            new = torch.round(v[:, k] + pull[:, k] / curvature[:, k])
+            new = new.clamp_(fmt.low - zero[:, k], fmt.high - zero[:, k])
+            changes[:, k - start] = (new - v[:, k]) * scale[:, k]
+            v[:, k] = new
+            # only columns that still have their turn need to know
+            pull[:, k + 1 : end].baddbmm_(h[:, k + 1 : end, k, None], changes[:, k - start, None], alpha=-1)
+        pull[:, end:].baddbmm_(h[:, end:, start:end], changes, alpha=-1)
+    values = (v * scale).transpose(1, 2).float().contiguous()
     made = replace(solution, values=values, loss=loss(target - values.double(), h))
     return _better(solution, made, target, h, free=True)
