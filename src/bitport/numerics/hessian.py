@@ -80,8 +80,8 @@ class InputMoments:
         if not bool(torch.isfinite(h).all() and torch.isfinite(c).all()):
             raise DataError("its inputs on the calibration data are not finite, or too large to be squared")
         self._h, self._c = self._h + h.double(), self._c + c.double()
-        self._mean = self._mean + x_PBK.sum(0, dtype=torch.float64)
-        self._mean_hat = self._mean_hat + hat_PBK.sum(0, dtype=torch.float64)
+        # sums in float32, like the products; torch adds in pairs
+        self._mean, self._mean_hat = self._mean + x.sum(1).double(), self._mean_hat + hat.sum(1).double()
         self.count += x_PBK.shape[0]
 
     @property
