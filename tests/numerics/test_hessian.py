@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitport.errors import DataError
+from bitport.numerics import hessian
 from bitport.numerics.hessian import InputMoments, damped, patches, shifted, spread_evenly
 
 CONVOLUTIONS = [
@@ -28,7 +29,8 @@ def test_windows_times_weights_are_the_convolution(
     w = torch.randn(8, 4 // groups, *[kernel] * ndim, dtype=torch.float64)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[ndim - 1]
     wanted = convolve(x, w, None, stride, padding, dilation, groups)
-    rows = patches(x, [kernel] * ndim, [stride] * ndim, [padding] * ndim, [dilation] * ndim, groups, 10**6)
+    arguments = [[size] * ndim for size in (kernel, stride, padding, dilation)]
+    rows = torch.cat(list(patches(x, *arguments, groups, 10**6)))
     found = torch.einsum("pbk,brk->pbr", rows, w.reshape(groups, 8 // groups, -1)).flatten(1)
     assert torch.allclose(found, wanted.movedim(1, -1).reshape(-1, 8))
 
@@ -45,8 +47,18 @@ def test_places_are_spread_evenly(count: int, most: int) -> None:
 def test_fewer_windows_are_some_of_all() -> None:
     x = torch.randn(3, 2, 6, 6)
     arguments = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
-    every, few = patches(x, *arguments, 10**6), patches(x, *arguments, 20)
+    every, few = (torch.cat(list(patches(x, *arguments, most))) for most in (10**6, 20))
     assert torch.equal(few, every[spread_evenly(len(every), 20)])
+
+
+def test_windows_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 4, 6, 6)
+    arguments = ([3, 3], [1, 1], [1, 1], [1, 1], 2, 10**6)
+    whole = list(patches(x, *arguments))
+    monkeypatch.setattr(hessian, "ROWS", 40 * 36)
+    parts = list(patches(x, *arguments))
+    assert len(whole) == 1 and [len(part) for part in parts] == [40, 40, 28]
+    assert torch.equal(torch.cat(parts), whole[0])
 
 
 def moments(x: Tensor, hat: Tensor, parts: int = 1) -> InputMoments:
@@ -77,7 +89,34 @@ def test_inputs_that_have_no_squares_are_refused(bad: float) -> None:
     x = torch.ones(4, 1, 3)
     x[2, 0, 1] = bad
     with pytest.raises(DataError, match="not finite, or too large"):
-        InputMoments().update(x, x)
+        moments(x, x).settled(centred=True)
+
+
+@pytest.mark.parametrize("losses", [True, False])
+def test_float_inputs_that_are_not_finite_are_refused(losses: bool) -> None:
+    found = InputMoments(losses)
+    found.update(torch.full((4, 1, 3), torch.nan), torch.ones(4, 1, 3))
+    with pytest.raises(DataError, match="not finite, or too large"):
+        found.settled(centred=False)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_without_losses_the_float_inputs_only_have_means(centred: bool) -> None:
+    x = torch.randn(30, 2, 5) + 1
+    hat = x + 0.1 * torch.randn(30, 2, 5)
+    every, found = moments(x, hat), InputMoments(losses=False)
+    found.update(x, hat)
+    h, c = found.settled(centred)
+    assert torch.equal(h, every.settled(centred)[0]) and torch.equal(c, h)
+    assert torch.equal(found.means[0], every.means[0])
+
+
+@pytest.mark.parametrize("inputs", [255, 256, 301])
+def test_a_wide_hessian_is_that_of_the_whole(inputs: int) -> None:
+    x = torch.randn(40, 2, inputs)
+    h, c = moments(x, x).settled(centred=False)
+    assert torch.equal(h, h.mT)
+    assert torch.allclose(h, c, rtol=1e-5, atol=1e-5)
 
 
 @given(st.integers(1, 8), st.integers(1, 12), st.integers(0, 2**31))

@@ -15,7 +15,8 @@ a group, K weights of a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from torch.nn import functional as F
 
 from bitport.errors import DataError
 
+ROWS = 2**21  # numbers of inputs that are multiplied at once, about: what a cache holds
+WIDE = 256  # columns from which on a Hessian is made in panels, so that of what is the same twice less is computed
+PANELS = 4
 LADDER = (1.0, 10.0, 100.0)  # a damping that doesn't make the Hessian definite is raised
 
 
@@ -34,26 +38,34 @@ def patches(
     dilation: Sequence[int],
     groups: int,
     most: int,
-) -> Tensor:
-    """What a convolution multiplies its weights by: [P, B, K], K in the order of `weight.flatten(1)`.
+) -> Iterator[Tensor]:
+    """What a convolution multiplies its weights by, some at a time: [P, B, K], K in the order of `weight.flatten(1)`.
 
     Args:
         x: [N, C, …], one to three spatial dimensions. kernel … dilation: one number per spatial dimension.
         groups: B.
         most: positions that are taken at most, spread evenly over samples and places.
     """
-    pad = [size for amount in reversed(padding) for size in (amount, amount)]
-    windows = F.pad(x, pad)
-    for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
-        windows = windows.unfold(axis, (size - 1) * spread + 1, step)[..., ::spread]
-    count, places = x.shape[0], windows.shape[2 : 2 + len(kernel)]
-    chosen = spread_evenly(count * places.numel(), most)
-    index: list[Tensor] = []
-    for size in reversed((count, *places)):
-        index.insert(0, chosen % size)
-        chosen = chosen.div(size, rounding_mode="floor")
-    found = windows.movedim(1, 1 + len(kernel))[tuple(index)]  # [P, C, kernel …]
-    return found.reshape(len(found), groups, -1)
+    padded = F.pad(x, [size for amount in reversed(padding) for size in (amount, amount)])
+    sizes = padded.shape[2:]
+    places = [
+        max(0, (size - (length - 1) * spread - 1) // step + 1)
+        for size, length, spread, step in zip(sizes, kernel, dilation, stride, strict=True)
+    ]
+    # a pixel's channels lie together, so that reading a window is copying as many runs as the kernel has places
+    pixels = padded.movedim(1, -1).reshape(-1, x.shape[1])
+    chosen = spread_evenly(len(x) * prod(places), most)
+    first, taps, factor = torch.zeros_like(chosen), torch.zeros(1, dtype=torch.int64), 1
+    for axis in reversed(range(len(kernel))):
+        first += chosen % places[axis] * stride[axis] * factor
+        chosen = chosen.div(places[axis], rounding_mode="floor")
+        taps = (torch.arange(kernel[axis])[:, None] * dilation[axis] * factor + taps).flatten()
+        factor *= sizes[axis]
+    first += chosen * factor
+    row = x.shape[1] * len(taps)
+    for part in torch.split(first, max(ROWS // max(1, row), row // groups)):
+        found = pixels.index_select(0, (part[:, None] + taps).flatten())
+        yield found.view(len(part), len(taps), -1).transpose(1, 2).reshape(len(part), groups, -1)
 
 
 def spread_evenly(count: int, most: int) -> Tensor:
@@ -64,22 +76,24 @@ def spread_evenly(count: int, most: int) -> Tensor:
 
 
 class InputMoments:
-    """Sums of what a layer reads, batch by batch, in float64.
+    """Sums of what a layer reads, part by part, in float64.
 
     hessian, cross: E[x̂ᵀx̂] and E[xᵀx̂], [B, K, K], around the means where `centred`.
+
+    Args:
+        losses: without, x is taken for x̂ in `cross`, which is then the Hessian.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, losses: bool = True) -> None:
         self.count = 0
+        self._losses = losses
         self._mean = self._mean_hat = self._h = self._c = torch.zeros(())
 
     def update(self, x_PBK: Tensor, hat_PBK: Tensor) -> None:
-        """One batch. Raises DataError for inputs that aren't finite."""
+        """Some positions."""
         x, hat = x_PBK.movedim(0, 1).float(), hat_PBK.movedim(0, 1).float()
-        h, c = hat.mT @ hat, x.mT @ hat
-        if not bool(torch.isfinite(h).all() and torch.isfinite(c).all()):
-            raise DataError("its inputs on the calibration data are not finite, or too large to be squared")
-        self._h, self._c = self._h + h.double(), self._c + c.double()
+        self._h = self._h + _gram(hat).double()
+        self._c = self._c + (x.mT @ hat).double() if self._losses else self._h
         # sums in float32, like the products; torch adds in pairs
         self._mean, self._mean_hat = self._mean + x.sum(1).double(), self._mean_hat + hat.sum(1).double()
         self.count += x_PBK.shape[0]
@@ -95,15 +109,31 @@ class InputMoments:
         return (w_BRK.double() @ mean[:, :, None] - q_BRK.double() @ mean_hat[:, :, None])[:, :, 0]
 
     def settled(self, centred: bool) -> tuple[Tensor, Tensor]:
-        """(hessian, cross), [B, K, K], float64."""
+        """(hessian, cross), [B, K, K], float64. Raises DataError after inputs that weren't finite."""
+        if not all(bool(torch.isfinite(sums).all()) for sums in (self._h, self._c, self._mean)):
+            raise DataError("its inputs on the calibration data are not finite, or too large to be squared")
         h, c = self._h / max(1, self.count), self._c / max(1, self.count)
         if centred:
             mean, mean_hat = self.means
             h = h - mean_hat[:, :, None] * mean_hat[:, None, :]
-            c = c - mean[:, :, None] * mean_hat[:, None, :]
+            c = c - mean[:, :, None] * mean_hat[:, None, :] if self._losses else h
             diagonal = h.diagonal(dim1=1, dim2=2)
             diagonal.clamp_(min=0.0)  # of a constant input, what cancellation leaves
         return h, c
+
+
+def _gram(x_BPK: Tensor) -> Tensor:
+    """xᵀx, [B, K, K]; of a wide one, panels of columns from the diagonal on, and their mirror image."""
+    count = x_BPK.shape[2]
+    if count < WIDE:
+        return x_BPK.mT @ x_BPK
+    found = x_BPK.new_empty(len(x_BPK), count, count)
+    width = -(-count // PANELS)
+    for start in range(0, count, width):
+        stop = start + width
+        found[:, start:stop, start:] = x_BPK[:, :, start:stop].mT @ x_BPK[:, :, start:]
+        found[:, stop:, start:stop] = found[:, start:stop, stop:].mT
+    return found
 
 
 def damped(h_BKK: Tensor, damping: float) -> Tensor | None:

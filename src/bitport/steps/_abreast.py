@@ -17,9 +17,10 @@ from ..graph import Graph, Op
 from ..numerics.hessian import patches, spread_evenly
 from ..plan import Plan
 from ..simulate import Arithmetic, Run, Simulator
-from ._judge import Inputs
+from ._judge import Inputs, has_batches
 
 MOST = 2**30  # bytes of activations that are alive at once, about
+FEW = 2  # samples that tell how large activations are, of a batch of more
 ALIVE = 6  # of the largest activation: an operator's operands and result, in both networks
 
 
@@ -56,7 +57,9 @@ class Abreast:
 
 def affordable(graph: Graph, batches: Sequence[Inputs]) -> list[Inputs]:
     """As many of the batches, evenly spread, as may be alive in two networks at once; one at least."""
-    largest = 0
+    largest, inputs, times = 0, batches[0], 1
+    if has_batches(graph) and len(inputs[0]) > FEW:
+        inputs, times = tuple(x[:FEW] for x in inputs), -(-len(inputs[0]) // FEW)
 
     def look(node: fx.Node, value: object) -> None:
         nonlocal largest
@@ -64,8 +67,8 @@ def affordable(graph: Graph, batches: Sequence[Inputs]) -> list[Inputs]:
             largest = max(largest, value.numel() * value.element_size())
 
     with torch.no_grad():
-        graph.run(*batches[0], on_value=look)
-    count = max(1, MOST // max(1, ALIVE * largest))
+        graph.run(*inputs, on_value=look)
+    count = max(1, MOST // max(1, ALIVE * largest * times))
     return [batches[int(index)] for index in spread_evenly(len(batches), count)]
 
 
@@ -75,10 +78,14 @@ def has_rows(op: Op) -> bool:
     return zeros and isinstance(op.attrs.get("padding", ()), Sequence)
 
 
-def rows_of(x: Tensor, attrs: Mapping[str, Any], kernel: tuple[int, ...], most: int) -> Tensor:
-    """What a layer multiplies its weights by: [P, B, K], P of `most` at most; `kernel` is empty for a Linear."""
+def rows_of(x: Tensor, attrs: Mapping[str, Any], kernel: tuple[int, ...], most: int) -> Iterator[Tensor]:
+    """What a layer multiplies its weights by, some at a time: [P, B, K], P of `most` at most in all.
+
+    `kernel` is empty for a Linear.
+    """
     if not kernel:
         flat = x.reshape(-1, 1, x.shape[-1])
-        return flat[spread_evenly(len(flat), most)]
+        yield flat if len(flat) <= most else flat[spread_evenly(len(flat), most)]
+        return
     stride, padding, dilation = (tuple(attrs[key]) for key in ("stride", "padding", "dilation"))
-    return patches(x, kernel, stride, padding, dilation, attrs["groups"], most)
+    yield from patches(x, kernel, stride, padding, dilation, attrs["groups"], most)

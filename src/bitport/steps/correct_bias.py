@@ -152,8 +152,8 @@ class _Measuring(Abreast):
             if x.numel():
                 for seen, values, weights in ((floats, x, matrix), (rounded, hat, stored)):
                     w_BRK = weights.float().reshape(groups, len(weights) // groups, -1)
-                    rows_PBK = rows_of(values, op.attrs, kernel, most).float()
-                    seen.update(torch.einsum("pbk,brk->pbr", rows_PBK, w_BRK).flatten(1), 1)
+                    for rows_PBK in rows_of(values, op.attrs, kernel, most):
+                        seen.update(torch.einsum("pbk,brk->pbr", rows_PBK.float(), w_BRK).flatten(1), 1)
         return (floats.moments(), rounded.moments()) if floats.count else None
 
 

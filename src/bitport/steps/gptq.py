@@ -84,8 +84,8 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
     is solved on the rounded inputs that it will read, and the data is read once. The result is kept where the simulated
     outputs are nearer to the float network's, on samples held back, than those of plain rounding with its biases
     corrected; that is what comes out otherwise. Where little data says more than is true, moving weights before they
-    are rounded (`shift`) does harm: half of it is tried as well, and none, on small networks always and on large ones
-    where there was no plain gain.
+    are rounded (`shift`) does harm: half of it is tried as well, and none where half was better than all of it; on
+    large networks only until there is a plain gain.
     """
     layers, left = layers_of(graph, plan, options)
     for reason, names in left.items():
@@ -114,6 +114,8 @@ def run(graph: Graph, plan: Plan, context: Context, options: Options) -> tuple[G
         _tell(context, after < min(before, best), reason)
         if after < best:
             nearest, best = found, after
+        elif nearest is not rounded:
+            break
         if best < PLAINLY * before and not small:
             break
     for why, names in _by_reason(solving.refused).items():
@@ -302,12 +304,14 @@ class _Solving(Abreast):
         key = (source.node, tie, kernel, str(sorted(op.attrs.items(), key=str)) if kernel else "")
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        moments = InputMoments()
+        moments = InputMoments(losses=self.options.shift > 0)
         most = max(1, self.options.positions // max(1, len(self.runs)))
         for float_run, run in self.runs:
             x, hat = float_run.read(real, 0), run.read(node, 0)
             if x.numel():
-                moments.update(rows_of(x, op.attrs, kernel, most), rows_of(hat, op.attrs, kernel, most))
+                pairs = (rows_of(values, op.attrs, kernel, most) for values in (x, hat))
+                for x_PBK, hat_PBK in zip(*pairs, strict=True):
+                    moments.update(x_PBK, hat_PBK)
         self._last = (key, moments)
         return moments
 
