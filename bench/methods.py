@@ -40,6 +40,12 @@ from .table import Row
 Case = tuple[nn.Module, list[Tensor], dict[str, Any], tuple[Override, ...]]
 NARROW = {"format": "int4", "granularity": "group", "group": 32, "symmetric": False}
 FLOAT = {"format": "float32"}
+METHODS: dict[str, dict[str, Any]] = {
+    "correct_bias": {},
+    "gptq": {},
+    "reconstruct": {"narrow": False, "steps": 20},  # more steps need no more memory
+    "self_distil": {},
+}
 IN_BLOCKS = "in activations of its largest block"
 
 
@@ -79,7 +85,7 @@ def rows() -> list[Row]:
         made.append(Row(f"`fast` beyond its passes of the data: {what}", told, "≤ 1 s"))
         total, _ = (float(part) for part in _apart("balanced", name))
         made.append(Row(f"`balanced`: {what}", f"{total:.1f} s", LIMITS[name, "balanced"]))
-        for step in ("correct_bias", "gptq", "reconstruct", "self_distil"):
+        for step in METHODS:
             peak, model, block = (int(part) / 2**20 for part in _apart("memory", name, step))
             beyond = f"{max(0.0, peak - model) / block:.2f}×"
             told = f"{beyond} ({peak:.0f} MiB; the network {model:.0f}, the block {block:.0f})"
@@ -165,7 +171,7 @@ def _print_memory(name: str, step: str) -> None:
     block = max(_bytes_by_block(work, [tuple(batch.inputs) for batch in context.calibration]).values())
     gc.collect()
     with peak_memory() as peak:
-        steps.make(step, {})(work, plan, context)
+        steps.make(step, METHODS[step])(work, plan, context)
     sys.stdout.write(f"{peak.bytes} {model} {block}\n")
 
 
