@@ -15,7 +15,7 @@ from tests import small
 
 import bitport
 from bitport import errors
-from bitport.targets.onnxruntime import export
+from bitport.targets import _onnx
 
 DATA = "model.onnx.data"
 
@@ -24,7 +24,7 @@ DATA = "model.onnx.data"
 def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bitport.Artifact:
     small.quick(monkeypatch)
     small.without_page(monkeypatch)
-    monkeypatch.setattr(export, "EXTERNAL_ABOVE", 10)
+    monkeypatch.setattr(_onnx, "EXTERNAL_ABOVE", 10)
     return small.compressed(tmp_path / "out", "onnxruntime")
 
 
@@ -48,7 +48,7 @@ def test_every_stage_finds_weights_that_lie_beside_the_file(
     assert record["size.compressed_bytes"] == sum(f.stat().st_size for f in artifact.path.glob("model.onnx*"))
     assert {DATA, f"reference/{DATA}"} <= set(artifact.manifest["files"])
     # the same network as in one file
-    monkeypatch.setattr(export, "EXTERNAL_ABOVE", 1 << 30)
+    monkeypatch.setattr(_onnx, "EXTERNAL_ABOVE", 1 << 30)
     whole = small.compressed(tmp_path / "whole", "onnxruntime")
     assert not (whole.path / DATA).exists()
     x = small.patterns(8, seed=4)[0]

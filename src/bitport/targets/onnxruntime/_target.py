@@ -20,11 +20,12 @@ from ...plan.lower import QUANTIZED
 from ...rules import Ruleset
 from ...simulate import Arithmetic
 from .._base import Inspection, Session, Target
+from .._onnx import ROUNDING, U8_OFFSET
 from . import products
 from .arithmetic import FLOAT_OPS, KERNELS
 from .blockwise import LEVELS, ROUNDS_ACTIVATIONS
 from .ends import read_ends
-from .export import ROUNDING, U8_OFFSET, export_model
+from .export import export_model
 from .inspect import inspected
 from .table import ruleset
 

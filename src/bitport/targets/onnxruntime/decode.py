@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .._onnx import SCOPES
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "bitport"
-SCOPES = "pkg.torch.onnx.name_scopes"
 KEY = "bitport.stored"  # metadata of a file: name of a narrow weight → its bits and shape (JSON)
 OPSET = 21  # the first one that knows int4
 BYTE = 8  # bits

@@ -17,9 +17,9 @@ from ...plan import Plan
 from ...plan.lower import BYTE, QUANTIZED
 from ...rules import DECODED
 from .._base import Inspection
+from .._onnx import AGAIN
 from .blockwise import MATMUL_NBITS
 from .decode import KEY
-from .export import AGAIN
 
 if TYPE_CHECKING:
     import onnx
