@@ -27,6 +27,7 @@ from .graph.weights import check_weights
 from .metrics import Metric
 from .page import render
 from .progress import NullProgress, Progress
+from .plan.retarget import retargeted
 from .proof import cost, device, doubts, preflight
 from .proof.measure import Subject, measure
 from .proof.task import rehearse_on
@@ -453,5 +454,6 @@ def _judge_device(opened: Artifact, outputs: str | Path | Mapping[str, Any]) -> 
 
 def _moved(opened: Artifact, subject: Subject, target: str, scratch: Path) -> Subject:
     other = make_target(target)
-    artifacts.write(scratch, subject.graph, opened.original, subject.plan, opened.recipe, other)
-    return Subject(scratch, subject.reference, subject.graph, subject.plan, other, subject.facts)
+    plan = retargeted(subject.plan, subject.graph, other.rules())
+    artifacts.write(scratch, subject.graph, opened.original, plan, opened.recipe, other)
+    return Subject(scratch, subject.reference, subject.graph, plan, other, subject.facts)

@@ -18,7 +18,11 @@ from bitport.targets.onnxruntime import OnnxRuntime
 from bitport.testing import Case, check_target, target_cases, uncovered
 
 # `null` has no rounding of its own that ties could tell apart
-CASES = [*target_cases("onnxruntime"), *(case for case in target_cases("null") if not case.power_of_two)]
+CASES = [
+    *target_cases("onnxruntime"),
+    *target_cases("openvino"),
+    *(case for case in target_cases("null") if not case.power_of_two),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.target}-{case.id}")
@@ -26,7 +30,7 @@ def test_every_row_of_every_target(case: Case) -> None:
     case.run()
 
 
-@pytest.mark.parametrize("target", ["null", "onnxruntime"])
+@pytest.mark.parametrize("target", ["null", "onnxruntime", "openvino"])
 def test_every_row_has_a_tiny_network(target: str) -> None:
     assert uncovered(target) == set()
 

@@ -1,0 +1,100 @@
+"""What OpenVINO's CPU plugin runs in integers (u8 activations, s8 weights), as data.
+
+Each row is exported, run and compared with the simulator by `bitport.testing.check_target`.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ...graph import Graph, Op
+from ...rules import (
+    DECODED,
+    Derived,
+    Free,
+    Holds,
+    OpRule,
+    Ruleset,
+    Shared,
+    Weight,
+    constant_parameters,
+    constant_weight,
+    positive_factor,
+    zero_padding,
+)
+from .._base import has_integer_dot_product
+
+# Not transpose: integers that are transposed are multiplied as floats behind it.
+MOVES = (
+    "view", "expand", "slice", "select", "squeeze", "unsqueeze", "split", "getitem", "cat",
+    "max_pool", "pad",
+)  # fmt: skip
+
+REASONS = {
+    "matmul": "OpenVINO multiplies two tensors in float where they have zero points",
+    "transpose": "behind an integer transpose OpenVINO would multiply floats",
+    "hardswish": "OpenVINO has no integer hard-swish",
+    "gelu": "OpenVINO has no integer GELU",
+    "silu": "OpenVINO has no integer SiLU",
+    "layer_norm": "OpenVINO has no integer LayerNorm",
+    "rms_norm": "OpenVINO has no integer RMSNorm",
+    "batch_norm": "this BatchNorm follows no convolution that it could be folded into",
+    "softmax": "OpenVINO has no integer softmax",
+    "sigmoid": "OpenVINO has no integer sigmoid",
+    "mean": "OpenVINO 2026.4 computes means of 8-bit tensors wrongly along some axes",
+}
+
+
+def _contraction(graph: Graph, node: fx.Node, op: Op) -> str | None:
+    objection = constant_parameters(graph, node, op)
+    if objection is None and op.kind == "conv" and op.attrs.get("padding_mode", "zeros") != "zeros":
+        return f"{op.attrs['padding_mode']} padding has no integer kernel"
+    return objection
+
+
+def _plain_add(graph: Graph, node: fx.Node, op: Op) -> str | None:
+    alpha = op.attrs.get("alpha", 1)
+    return None if alpha == 1 else f"add with alpha = {alpha} has no integer kernel"
+
+
+def ruleset() -> Ruleset:
+    rows = (
+        OpRule(
+            ("conv",), (Free(), Weight(0), Derived("bias")), Free(), "Convolution", "compute",
+            clamps=True, float_output=True, when=_contraction,
+        ),
+        OpRule(
+            ("linear",), (Free(), Weight(0), Derived("bias")), Free(), "FullyConnected", "compute",
+            clamps=True, float_output=True, when=_contraction,
+        ),
+        OpRule(("add",), (Free(),), Free(), "Eltwise", "elementwise", clamps=True, when=_plain_add),
+        OpRule(("mul",), (Free(),), Free(), "Eltwise", "elementwise", clamps=True),
+        OpRule(("global_avg_pool",), (Free(),), Free(), "Reduce", "elementwise"),
+        OpRule(("avg_pool",), (Free(),), Free(), "Pooling", "elementwise"),
+        OpRule(("relu",), (Free(),), Free(), "FakeQuantize", "elementwise"),
+        *(
+            OpRule(
+                (kind,), (None, Weight(axis), None), None, DECODED, "compute",
+                mode="weights", when=constant_weight,
+            )
+            for kind, axis in (("conv", 0), ("linear", 0), ("conv_transpose", 1))
+        ),
+        OpRule(("embedding",), (None, Weight(0)), None, DECODED, "compute", mode="weights", when=constant_weight),
+        OpRule(("mul_scalar",), (Free(),), Derived("value"), "", "move", when=positive_factor),
+        OpRule(("embedding",), (None, Shared()), Shared(), "Gather", "move"),
+        OpRule(MOVES, (Shared(),), Shared(), "", "move", when=zero_padding),
+    )  # fmt: skip
+    return Ruleset(
+        "openvino",
+        rows,
+        activations=Holds(granularities=("global", "tensor")),
+        weights={
+            "static": Holds(symmetric=True),
+            "weights": Holds(granularities=("global", "tensor", "channel", "group")),
+        },
+        reasons=REASONS,
+        fixed={"softmax": (0.0, 1.0), "sigmoid": (0.0, 1.0)},
+        widths=(4, 8),
+        # without VNNI pairs of u8 × s8 products saturate at 16 bits: 7-bit weights can't
+        weight_limit=None if has_integer_dot_product() else 63,
+    )

@@ -1,0 +1,222 @@
+"""What is special about OpenVINO: what it does unasked, its files, its errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.flow import Net, assert_exact, conv, images, prepare, ship, tokens
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bitport
+from bitport.errors import MissingDependency, RecipeError, TargetError
+from bitport.graph import Graph
+from bitport.plan import Plan
+from bitport.targets.openvino import OpenVino
+
+Linear = nn.Linear
+FLOAT = {"format": "float32"}
+
+
+def digits() -> nn.Module:
+    return Net(
+        lambda m, x: m.c(F.adaptive_avg_pool2d(F.relu(m.b(F.relu(m.a(x)))), 1).flatten(1)),
+        a=conv(), b=conv(8, 16), c=Linear(16, 4),
+    )  # fmt: skip
+
+
+def test_from_the_recipe_to_the_measured_artifact(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    graph = bitport.load(digits(), images(4))
+    artifact = bitport.compress(
+        graph,
+        "int8",
+        target="openvino",
+        data=[images(16) for _ in range(2)],
+        out=tmp_path / "out",
+        effort="plain",
+    )
+    found = artifact.measurements
+    assert found["integer"]["mac_share"] == 1.0
+    assert found["parity"]["exact_share"] >= 0.999 and found["parity"]["max_steps"] <= 1
+    assert {path.name for path in artifact.path.glob("model.*")} == {"model.xml", "model.bin"}
+    assert found["size"]["compressed_bytes"] == sum(p.stat().st_size for p in artifact.path.glob("model.*"))
+    x = images(3)
+    assert torch.equal(artifact.predict(x), bitport.Artifact.load(artifact.path).predict(x))
+
+
+def test_files_are_the_same_to_the_byte_and_tell_nothing_of_the_machine(tmp_path: Path) -> None:
+    prepared = prepare(digits(), [images(8)], "openvino")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        prepared.target.export(prepared.work, prepared.plan, tmp_path / name)
+    for file in ("model.xml", "model.bin"):
+        first, second = (tmp_path / name / file for name in ("one", "two"))
+        assert first.read_bytes() == second.read_bytes()
+        assert str(tmp_path).encode() not in first.read_bytes()
+
+
+def test_the_runtime_sees_the_names_of_the_network() -> None:
+    shipped = ship(prepare(digits(), [images(8)], "openvino"), images(8))
+    assert shipped.inspection.kernels["a"] == ("Convolution I8",)
+    assert shipped.inspection.kernels["c"] == ("FullyConnected I8",)
+    assert not shipped.inspection.missed
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        Net(lambda m, x: m.b(F.relu(m.a(x)).transpose(1, 2)), a=Linear(12, 8), b=Linear(6, 4)),
+        Net(lambda m, x: m.b(F.relu(m.a(x)).mean(1)), a=Linear(12, 8), b=Linear(8, 4)),
+        Net(lambda m, x: m.b(F.relu(m.a(x)).mean(2)), a=Linear(12, 8), b=Linear(6, 4)),
+        Net(lambda m, x: m.b(m.a(x).softmax(-1)), a=Linear(12, 8), b=Linear(8, 4)),
+        Net(lambda m, x: m.b(torch.sigmoid(m.a(x)) * m.a(x)), a=Linear(12, 8), b=Linear(8, 4)),
+        Net(lambda m, x: m.b(F.layer_norm(m.a(x), (8,))), a=Linear(12, 8), b=Linear(8, 4)),
+        Net(
+            lambda m, x: m.b(F.scaled_dot_product_attention(m.a(x), m.a(x), m.c(x))),
+            a=Linear(12, 8), b=Linear(8, 4), c=Linear(12, 8),
+        ),
+    ],
+    ids=["transpose", "mean-1", "mean-2", "softmax", "gate", "layer_norm", "attention"],
+)  # fmt: skip
+def test_what_stays_float_between_integers(net: nn.Module) -> None:
+    # behind a transpose of integers it multiplies floats; it computes means of 8-bit tensors wrongly along some axes
+    prepared = prepare(net, [tokens(16)], "openvino")
+    shipped = ship(prepared, tokens(32))
+    assert not shipped.inspection.missed
+    assert shipped.inspection.counts["FullyConnected I8"] >= 2
+    local = shipped.parity.record()["local"]
+    assert local["integers"] and local["max_steps"] <= 1 and local["exact_share"] >= 0.999
+    for a, b in zip(shipped.outputs, shipped.as_written, strict=True):
+        assert float((a - b).abs().max()) <= 0.03 * float(b.abs().max())
+
+
+@pytest.mark.parametrize("activations", [{}, {"symmetric": True}, {"format": "int4"}])
+def test_residuals_and_narrow_activations(activations: dict[str, Any]) -> None:
+    net = Net(lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x))) + m.a(x))), a=conv(), b=conv(8, 8), c=conv(8, 4))
+    shipped = ship(prepare(net, [images(8)], "openvino", activations=activations), images(16))
+    assert_exact(shipped)
+
+
+# ------------------------------------------------------------------------------------- weights
+
+
+def packed(fmt: str, group: int) -> dict[str, Any]:
+    return {"format": fmt, "granularity": "group", "group": group} if group else {"format": fmt}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("fmt", "group"), [("int4", 32), ("int4", 0), ("int3", 32), ("uint4", 32), ("int8", 0)]
+)
+def test_narrow_weights_are_narrow_in_the_file(fmt: str, group: int, symmetric: bool, tmp_path: Path) -> None:
+    net = Net(lambda m, x: m.b(F.relu(m.a(x))), a=Linear(128, 256), b=Linear(256, 64))
+    weights = packed(fmt, group) | {"symmetric": symmetric}
+    prepared = prepare(net, [torch.randn(8, 128)], "openvino", weights=weights, activations=FLOAT)
+    shipped = ship(prepared, torch.randn(8, 128))
+    assert not shipped.inspection.missed
+    assert shipped.parity.record()["outputs_db"] >= 100
+    prepared.target.export(prepared.work, prepared.plan, tmp_path)
+    values = 128 * 256 + 256 * 64
+    scales = values // group if group else 256 + 64
+    bits = 8 if fmt == "int8" else 4
+    extra = scales * (4 + (0 if symmetric else 1)) + 4 * (256 + 64)
+    assert (tmp_path / "model.bin").stat().st_size <= values * bits // 8 + extra + 2048
+
+
+def test_a_table_that_two_layers_share_is_stored_once(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(64, 32)
+            self.head = nn.Linear(32, 64, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head(F.relu(self.table(x)))
+            return result
+
+    ids = torch.randint(0, 64, (8, 5))
+    prepared = prepare(Tied(), [ids], "openvino", weights=packed("int4", 16), activations=FLOAT)
+    shipped = ship(prepared, ids)
+    assert not shipped.inspection.missed and shipped.parity.float_max_error <= 1e-6
+    prepared.target.export(prepared.work, prepared.plan, tmp_path)
+    assert (tmp_path / "model.bin").stat().st_size <= 64 * 32 // 2 + 64 * 2 * 5 + 2048
+
+
+def test_a_weight_that_is_wide_in_the_file_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitport.targets.openvino._target.narrow", lambda *_: None)
+    prepared = prepare(
+        Net(lambda m, x: m.a(x), a=Linear(32, 8)), [torch.randn(8, 32)], "openvino",
+        weights=packed("int4", 16), activations=FLOAT,
+    )  # fmt: skip
+    assert "takes 8 bits in the file, not 4" in ship(prepared, torch.randn(8, 32)).inspection.missed["a"]
+
+
+def test_an_integer_layer_that_runs_in_float_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = OpenVino._compiled
+
+    def as_written(target: OpenVino, folder: Path, **_: Any) -> Any:
+        return right(target, folder, taps=True, lowered=False)
+
+    monkeypatch.setattr(OpenVino, "_compiled", as_written)
+    missed = ship(prepare(digits(), [images(8)], "openvino"), images(8)).inspection.missed
+    assert set(missed) == {"a", "b", "c"}
+    assert "did not run it as Convolution I8" in missed["a"]
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+def test_options() -> None:
+    with pytest.raises(RecipeError, match="threads = 0: at least 1"):
+        OpenVino({"threads": 0})
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'bitport\[openvino\]'"):
+        OpenVino().open(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"<net>" + b])
+def test_a_damaged_file(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    prepared = prepare(digits(), [images(8)], "openvino")
+    prepared.target.export(prepared.work, prepared.plan, tmp_path)
+    path = tmp_path / "model.xml"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(TargetError, match=r"can't load model\.xml"):
+        prepared.target.open(tmp_path)
+
+
+def test_inputs_of_another_shape(tmp_path: Path) -> None:
+    prepared = prepare(digits(), [images(8)], "openvino")
+    prepared.target.export(prepared.work, prepared.plan, tmp_path)
+    with pytest.raises(TargetError, match=r"input 'x' has shape \(2, 5, 8, 8\); the file takes \[\?,3,8,8\]"):
+        prepared.target.open(tmp_path).run((images(2, channels=5),))
+
+
+def test_a_network_that_it_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    prepared = prepare(digits(), [images(8)], "openvino")
+    monkeypatch.setattr("openvino.save_model", refuse)
+    with pytest.raises(bitport.BitportError, match="OpenVINO refused the network: no such operator"):
+        prepared.target.export(prepared.work, prepared.plan, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_float_network_goes_through_as_it_is(tmp_path: Path) -> None:
+    net, x = digits().eval(), images(8)
+    graph: Graph = bitport.load(net, images(2))
+    target = OpenVino()
+    target.export(graph, Plan.empty("openvino"), tmp_path)
+    (found,) = target.open(tmp_path).run((x,))
+    with torch.no_grad():
+        assert torch.allclose(found, net(x), atol=1e-5)
