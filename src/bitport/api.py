@@ -26,8 +26,8 @@ from .graph.program import spans
 from .graph.weights import check_weights
 from .metrics import Metric
 from .page import render
-from .progress import NullProgress, Progress
 from .plan.retarget import retargeted
+from .progress import NullProgress, Progress
 from .proof import cost, device, doubts, preflight
 from .proof.measure import Subject, measure
 from .proof.task import rehearse_on

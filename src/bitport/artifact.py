@@ -47,6 +47,7 @@ from .recipe import Recipe
 from .records import Measurement
 from .steps.fold import fold
 from .targets._base import Session, Target
+from .targets._script import script
 
 GRAPH, PLAN, RECIPE, SAMPLE = "graph.pt2", "plan.json", "recipe.toml", "sample.npz"
 WEIGHTS, STATISTICS = "weights.safetensors", "statistics.safetensors"
@@ -189,7 +190,7 @@ def write(folder: Path, graph: Graph, original: Graph, plan: Plan, recipe: Recip
         tensor_files.write(folder / WEIGHTS, tensors, notes)
     (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
     if target.runner is not None:
-        (folder / RUNNER).write_bytes(target.runner.read_bytes())
+        (folder / RUNNER).write_text(script(target.runner), encoding="utf-8")
 
 
 def write_statistics(folder: Path, reference: Graph, plan: Plan, calibration: Source) -> None:

@@ -67,8 +67,8 @@ class Target(ABC):
     """A runtime. A class is abstract or final: nothing implemented here is overridden.
 
     `defaults` are the options of a recipe's `[target]` table with their default values; `modules` are what its
-    files import when they run (a fair memory measurement imports them first). `runner` is a script that runs the
-    artifact's model with the runtime and numpy alone; it is copied into the artifact as `run.py`.
+    files import when they run (a fair memory measurement imports them first). `runner` is a module whose `load` opens
+    the model with the runtime and numpy alone; the artifact's `run.py` is made with it.
     """
 
     name: ClassVar[str]

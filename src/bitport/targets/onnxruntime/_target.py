@@ -45,7 +45,7 @@ class OnnxRuntime(Target):
     summary = "ONNX Runtime on CPU: int8 convolutions, linear layers and matrix products (.onnx)"
     model_file = "model.onnx"
     modules = ("onnxruntime",)
-    runner = Path(__file__).with_name("_runner.py")
+    runner = Path(__file__).with_name("_load.py")
     defaults: ClassVar[Mapping[str, Any]] = {
         "threads": 1,
         "opset": 20,

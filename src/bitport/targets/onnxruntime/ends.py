@@ -14,7 +14,7 @@ import numpy as np
 
 from ...errors import ExportError
 from ...graph import Graph
-from ._runner import dequantize, quantize
+from .._runner import dequantize, quantize
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -21,6 +21,7 @@ from ...rules import Ruleset
 from ...simulate import Arithmetic
 from .._base import Inspection, Session, Target
 from .._onnx import U8_OFFSET, save, to_onnx, with_heads
+from ._load import settings
 from .arithmetic import KERNELS, quantize
 from .inspect import MADE_BY, inspected
 from .table import ruleset
@@ -34,6 +35,7 @@ class OpenVino(Target):
     summary = "OpenVINO on CPU: int8 networks, weights of 4 and 8 bits (.xml and .bin)"
     model_file = "model.xml"
     modules = ("openvino",)
+    runner = Path(__file__).with_name("_load.py")
     defaults: ClassVar[Mapping[str, Any]] = {"threads": 1}
 
     def check_options(self) -> None:
@@ -78,13 +80,7 @@ class OpenVino(Target):
     def _compiled(self, folder: Path, *, taps: bool, lowered: bool = True) -> Any:
         """lowered: to integers; without, integers are rounded floats all the way."""
         core = _core()
-        config = {
-            "INFERENCE_PRECISION_HINT": "f32",  # bf16 otherwise where the processor has it
-            "INFERENCE_NUM_THREADS": self.options["threads"],
-            "NUM_STREAMS": 1,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # activations of layers with narrow weights stay as they are
-            **({} if lowered else {"LP_TRANSFORMS_MODE": "NO"}),
-        }
+        config = settings(self.options["threads"]) | ({} if lowered else {"LP_TRANSFORMS_MODE": "NO"})
         try:
             model = core.read_model(folder / self.model_file)
             if taps:

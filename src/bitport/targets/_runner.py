@@ -1,4 +1,4 @@
-"""Runs the network of this folder. Needs onnxruntime and numpy alone.
+"""Runs the network of this folder. Needs numpy and the runtime alone.
 
     python run.py                           compares what this machine computes with the golden pairs in sample.npz
     python run.py INPUTS.npz OUTPUTS.npz    arrays by input name in, arrays by output name out
@@ -15,10 +15,9 @@ zero_point where the file takes or gives integers: real = scale · (integer − 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,21 @@ HERE = Path(__file__).resolve().parent
 CLOSE = 0.02  # of the largest golden output: other processors round otherwise here and there
 
 
+Run = Callable[[Sequence[Any]], Sequence[Any]]  # a file's inputs → its outputs, in the order of the manifest
+
+
+def load(folder: Path, manifest: Mapping[str, Any]) -> Run:
+    raise NotImplementedError("an artifact has its runtime's own lines here")
+
+
 class Network:
     """The network, loaded. inputs, outputs: their names, shapes and number formats."""
 
     def __init__(self, folder: Path = HERE) -> None:
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the runtime is imported
-        import onnxruntime
-
         self.folder = folder
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.inputs, self.outputs = manifest["inputs"], manifest["outputs"]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = manifest["target_options"]["threads"]
-        provider = manifest["target_options"]["provider"]
-        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=[provider])
+        self.compute = load(folder, manifest)
 
     def __call__(self, inputs: Any) -> dict[str, Any]:
         """Outputs by name, as numbers. inputs: an array, or arrays by name; floats do where the file takes integers."""
@@ -53,8 +52,7 @@ class Network:
 
     def run(self, fed: Mapping[str, Any]) -> dict[str, Any]:
         """The file's own outputs of its own inputs: integers where its ends are."""
-        ends = zip(self.session.get_inputs(), self.inputs, strict=True)
-        found = self.session.run(None, {end.name: fed[spec["name"]] for end, spec in ends})
+        found = self.compute([fed[spec["name"]] for spec in self.inputs])
         return {spec["name"]: value for spec, value in zip(self.outputs, found, strict=True)}
 
     def pixels(self, image: Any) -> Any:

@@ -27,7 +27,12 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def made(folder: Path, io: str = "float", **preprocessing: Any) -> bitport.Artifact:
+ENDS = [("onnxruntime", {"io": "float"}), ("onnxruntime", {"io": "integer"}), ("openvino", {})]
+
+
+def made(
+    folder: Path, target: str = "onnxruntime", options: Any = None, **preprocessing: Any
+) -> bitport.Artifact:
     torch.manual_seed(0)
     net = Net(
         lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x)))).mean((2, 3))), a=conv(), b=conv(8, 8), c=nn.Linear(8, 4)
@@ -35,9 +40,9 @@ def made(folder: Path, io: str = "float", **preprocessing: Any) -> bitport.Artif
     graph = bitport.load(net, images(4))
     int8 = {"weights": {"format": "int8"}, "activations": {"format": "int8"}}
     steps = (StepSpec("quantize", int8),)
-    recipe = bitport.Recipe(steps=steps, target={"io": io}, preprocessing=preprocessing, name="tested")
+    recipe = bitport.Recipe(steps=steps, target=options or {}, preprocessing=preprocessing, name="tested")
     return bitport.compress(
-        graph, recipe, target="onnxruntime", data=[images(16) for _ in range(2)], out=folder, effort="plain"
+        graph, recipe, target=target, data=[images(16) for _ in range(2)], out=folder, effort="plain"
     )
 
 
@@ -46,17 +51,19 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder.parent)
 
 
-@pytest.mark.parametrize("io", ["float", "integer"])
-def test_the_golden_pairs_come_out_without_torch_and_bitport(io: str, tmp_path: Path) -> None:
-    artifact = made(tmp_path / "out", io)
+@pytest.mark.parametrize(("target", "options"), ENDS)
+def test_the_golden_pairs_come_out_without_torch_and_bitport(
+    target: str, options: Any, tmp_path: Path
+) -> None:
+    artifact = made(tmp_path / "out", target, options)
     done = run(artifact.path)
     assert done.returncode == 0, done.stderr
     assert "100.00 % equal to the golden outputs" in done.stdout and done.stdout.endswith("ok\n")
 
 
-@pytest.mark.parametrize("io", ["float", "integer"])
-def test_arrays_of_a_file_give_what_the_artifact_gives(io: str, tmp_path: Path) -> None:
-    artifact, x = made(tmp_path / "out", io), images(5)
+@pytest.mark.parametrize(("target", "options"), ENDS)
+def test_arrays_of_a_file_give_what_the_artifact_gives(target: str, options: Any, tmp_path: Path) -> None:
+    artifact, x = made(tmp_path / "out", target, options), images(5)
     np.savez(tmp_path / "in.npz", x=x.numpy())
     done = run(artifact.path, str(tmp_path / "in.npz"), str(tmp_path / "found.npz"))
     assert done.returncode == 0, done.stderr
