@@ -51,9 +51,9 @@ class OpenVino(Target):
     def export(self, graph: Graph, plan: Plan, folder: Path) -> None:
         graph = with_heads(graph)
         lowered = lower(graph, plan, dtype=torch.uint8, offset=U8_OFFSET)
-        lows = widened(lowered)
+        found = widened(lowered)
         model = to_onnx(lowered, graph, opset=OPSET)
-        narrow(model, lows)
+        narrow(model, found)
         core = _core()
         # IR is written from ONNX, which is read from a file: what lies beside it as well
         with tempfile.TemporaryDirectory() as scratch:

@@ -63,7 +63,9 @@ def _wide(written: Any, plan: Plan) -> dict[str, str]:
     for edge, tie in plan.edges.items():
         if plan.ties[tie].source != "weight":
             continue
-        promised = HALF if plan.ties[tie].format.bits <= HALF else BYTE
+        promised = next(
+            width for width in (HALF, BYTE, 2 * BYTE, 4 * BYTE) if plan.ties[tie].format.bits <= width
+        )
         stored = bits.get(f"{tie}{QUANTIZED}", promised)
         if stored > promised:
             reason = f"its weight {edge.producer} takes {stored} bits in the file, not {promised}"

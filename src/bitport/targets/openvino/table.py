@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from ...formats import GRANULARITIES, Format
 from ...graph import Graph, Op
 from ...rules import (
     DECODED,
@@ -57,6 +58,10 @@ def _plain_add(graph: Graph, node: fx.Node, op: Op) -> str | None:
     return None if alpha == 1 else f"add with alpha = {alpha} has no integer kernel"
 
 
+def _stored(graph: Graph, node: fx.Node, op: Op, fmt: Format) -> str | None:
+    return f"OpenVINO stores no {fmt} weights" if fmt.kind == "float" and not fmt.unscaled else None
+
+
 def ruleset() -> Ruleset:
     rows = (
         OpRule(
@@ -75,11 +80,14 @@ def ruleset() -> Ruleset:
         *(
             OpRule(
                 (kind,), (None, Weight(axis), None), None, DECODED, "compute",
-                mode="weights", when=constant_weight,
+                mode="weights", when=constant_weight, takes=_stored,
             )
             for kind, axis in (("conv", 0), ("linear", 0), ("conv_transpose", 1))
         ),
-        OpRule(("embedding",), (None, Weight(0)), None, DECODED, "compute", mode="weights", when=constant_weight),
+        OpRule(
+            ("embedding",), (None, Weight(0)), None, DECODED, "compute",
+            mode="weights", when=constant_weight, takes=_stored,
+        ),
         OpRule(("mul_scalar",), (Free(),), Derived("value"), "", "move", when=positive_factor),
         OpRule(("embedding",), (None, Shared()), Shared(), "Gather", "move"),
         OpRule(MOVES, (Shared(),), Shared(), "", "move", when=zero_padding),
@@ -90,11 +98,11 @@ def ruleset() -> Ruleset:
         activations=Holds(granularities=("global", "tensor")),
         weights={
             "static": Holds(symmetric=True),
-            "weights": Holds(granularities=("global", "tensor", "channel", "group")),
+            "weights": Holds(("int", "float"), granularities=GRANULARITIES),
         },
         reasons=REASONS,
         fixed={"softmax": (0.0, 1.0), "sigmoid": (0.0, 1.0)},
-        widths=(4, 8),
+        widths=(4, 8, 16),
         # without VNNI pairs of u8 × s8 products saturate at 16 bits: 7-bit weights can't
         weight_limit=None if has_integer_dot_product() else 63,
     )

@@ -8,6 +8,7 @@ groups of 32, one row). Codes and zero points are shifted by 8 alike.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,26 +28,41 @@ HALF = 4  # bits
 OFFSET = 8  # from int4 to uint4
 
 
-def widened(lowered: Lowered) -> dict[str, int]:
-    """Replace bit streams by integers of a type that torch has, and groups by blocks of a matrix's rows, in place.
+@dataclass
+class Narrow:
+    """What travels in a wider type, by user-facing name. codes: the lowest of 4-bit codes; floats: the narrow type."""
 
-    Returns the lowest code of those of 4 bits and fewer, by user-facing name.
-    """
+    codes: dict[str, int] = field(default_factory=dict)
+    floats: dict[str, torch.dtype] = field(default_factory=dict)
+
+
+def widened(lowered: Lowered) -> Narrow:
+    """Replace bit streams by integers of a type that torch has, and groups by blocks of a matrix's rows, in place."""
     graph, module = lowered.module.graph, lowered.module
-    found: dict[str, int] = {}
+    found, wide = Narrow(), set[str]()
     for node in list(graph.find_nodes(op="call_function", target=UNPACK)):
         packed: Any = node.args[0]
         bits, low, shape = _Unpack(*node.args[1:])
-        name = lowered.names.get(packed.target, packed.target)
-        if name not in found:  # several readers share a buffer: the first one widens it
+        if packed.target not in wide:  # several readers share a buffer: the first one widens it
             codes = unpack(module.get_buffer(packed.target), bits, math.prod(shape)) + low
             setattr(module, packed.target, codes.reshape(shape).to(code_type(low, low + 2**bits - 1)))
-            found[name] = low
-        node.replace_all_uses_with(packed)
-        graph.erase_node(node)
-    shapes: dict[str, torch.Size] = {}
+            wide.add(packed.target)
+        if bits <= HALF:
+            found.codes[lowered.names[packed.target]] = low
+        _pass(module, node, packed)
+    for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype)):
+        stored: Any = node.args[0]
+        if stored.op != "get_attr":
+            continue
+        value = module.get_buffer(stored.target)
+        if value.dtype in (torch.float16, torch.bfloat16):
+            found.floats[lowered.names[stored.target]] = value.dtype
+            setattr(module, stored.target, value.float())
+        if lowered.names[stored.target] in found.floats:
+            _pass(module, node, stored)
     for node in list(graph.find_nodes(op="call_function", target=DEQUANTIZE)):
         _add_in_float(module, node)
+    shapes: dict[str, torch.Size] = {}
     for node in list(graph.find_nodes(op="call_function", target=DEQUANTIZE)):
         if len(node.args) > 4 and node.args[4]:
             _in_blocks(module, node, shapes)
@@ -61,6 +77,11 @@ class _Unpack(NamedTuple):
     shape: Any
 
 
+def _pass(module: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
+    node.replace_all_uses_with(source)
+    module.graph.erase_node(node)
+
+
 def _add_in_float(module: fx.GraphModule, node: fx.Node) -> None:
     """OpenVINO adds biases in float32: an int32 one is written as that, not as the operators that make it."""
     args: Any = node.args
@@ -69,8 +90,7 @@ def _add_in_float(module: fx.GraphModule, node: fx.Node) -> None:
         return
     integers, factor, zero = (module.get_buffer(part.target) for part in (codes, scale, zero_point))
     setattr(module, codes.target, (integers - zero).float() * factor)
-    node.replace_all_uses_with(codes)
-    module.graph.erase_node(node)
+    _pass(module, node, codes)
 
 
 def _in_blocks(module: fx.GraphModule, node: fx.Node, shapes: dict[str, torch.Size]) -> None:
@@ -100,21 +120,23 @@ def _in_blocks(module: fx.GraphModule, node: fx.Node, shapes: dict[str, torch.Si
             order = [*range(1, axis + 1), 0, *range(axis + 1, len(shape))]
             new = call(torch.ops.aten.reshape.default, (new, [shape[axis], *rest]))
             new = call(torch.ops.aten.permute.default, (new, order)) if axis else new
-    node.replace_all_uses_with(new)
-    module.graph.erase_node(node)
+    _pass(module, node, new)
 
 
-def narrow(model: ir.Model, lows: dict[str, int]) -> None:
-    """Write as uint4 what `widened` has named, in place, with their zero points; others' that are 0 are left out."""
+def narrow(model: ir.Model, wanted: Narrow) -> None:
+    """Write what `widened` has found in its own type, in place: 4 bits as uint4, with their zero points.
+
+    Zero points of others that are 0 are left out.
+    """
     made: dict[ir.Value, ir.Value] = {}
-    for node in model.graph:
+    for node in list(model.graph):
         if node.op_type != "DequantizeLinear" or node.inputs[0] is None or node.inputs[0].const_value is None:
             continue
         codes, zero_point = node.inputs[0], node.inputs[2]
-        low = lows.get(_first_name(codes))
+        low = wanted.codes.get(_first_name(codes))
         if low is None:
             if zero_point is not None and not _array(zero_point).any():
-                node.replace_input_with(2, None)
+                node.resize_inputs(2)
             continue
         for slot, value in ((0, codes), (2, zero_point)):
             if value is not None:
@@ -122,12 +144,30 @@ def narrow(model: ir.Model, lows: dict[str, int]) -> None:
                     made[value] = _uint4(value, OFFSET if low < 0 else 0)
                 node.replace_input_with(slot, made[value])
     for value in list(model.graph.initializers.values()):
+        dtype = wanted.floats.get(_first_name(value))
+        if dtype is not None:
+            made[value] = _half(model, value, dtype)
+    for value in list(model.graph.initializers.values()):
         if not value.uses() and value not in model.graph.outputs:
             del model.graph.initializers[str(value.name)]
     for value in made.values():
         if value.name in model.graph.initializers:  # others read it as it was
             value.name = f"{value.name}/uint4"
         model.graph.register_initializer(value)
+
+
+def _half(model: ir.Model, value: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """The constant in that type; what reads it reads a Cast."""
+    import onnx_ir
+
+    tensor = onnx_ir.tensor(torch.from_numpy(_array(value).copy()).to(dtype), name=value.name)
+    made = onnx_ir.Value(name=value.name, shape=value.shape, type=onnx_ir.TensorType(tensor.dtype))
+    made.const_value = tensor
+    cast = onnx_ir.node("Cast", inputs=[made], attributes={"to": onnx_ir.DataType.FLOAT.value})
+    cast.name = cast.outputs[0].name = f"{value.name}/wide"
+    value.replace_all_uses_with(cast.outputs[0])
+    model.graph.insert_before(next(iter(model.graph)), cast)
+    return made
 
 
 def _first_name(value: ir.Value) -> str:
