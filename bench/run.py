@@ -31,20 +31,19 @@ from .table import Row, publish, table
 BATCHES, BATCH = 4, 8
 
 
-def speed(make: type[nn.Module], size: int = 64) -> Row:
-    """int8 against float on ONNX Runtime, batch 1, one thread."""
+def speed(make: type[nn.Module], size: int = 64, target: str = "onnxruntime") -> Row:
+    """int8 against float on a runtime, batch 1, one thread."""
     generator = torch.Generator().manual_seed(1)
     data = [torch.randn(BATCH, 3, size, size, generator=generator) for _ in range(2)]
     graph = api.load(seeded(make), data[0][:1])
     with tempfile.TemporaryDirectory() as scratch:
-        artifact = api.compress(graph, "int8", target="onnxruntime", data=data, out=Path(scratch) / "a")
+        artifact = api.compress(graph, "int8", target=target, data=data, out=Path(scratch) / "a")
         record = artifact.measurements
     low, high = record["latency.ci95"]
     value = f"{record['latency.speedup']:.2f}× ({low:.2f}–{high:.2f}), {record['latency.float_ms']:.2f} ms → "
     value += f"{record['latency.compressed_ms']:.2f} ms; file {record['size.ratio']:.2f}×"
-    return Row(
-        f"int8 against float, {make.__name__}, 1×3×{size}×{size}", value, "≥ 2.5×" if make is ConvNet else ""
-    )
+    what = f"int8 against float, {make.__name__}, 1×3×{size}×{size}, {target}"
+    return Row(what, value, "≥ 2.5×" if make is ConvNet else "")
 
 
 def calibration() -> list[Row]:

@@ -143,6 +143,8 @@ class OpRule:
             are; `move` shuffles integers.
         clamps: a following ReLU-like operator with a lower bound of 0 is absorbed by the output's saturation.
         float_output: the kernel can also return float32 where nobody wants its result as integers.
+        fuses: kinds of operators that the runtime computes together with this one where nothing else reads them: such
+            an operand comes as it is, without being rounded.
         mode: "dynamic" and "weights" kernels take and return float32, whoever makes or reads it.
         takes: gives the reason why it can't run this node with weights of a format, where that is less than the
             ruleset's mode says.
@@ -157,6 +159,7 @@ class OpRule:
     clamps: bool = False
     float_output: bool = False
     when: Condition | None = None
+    fuses: frozenset[str] = frozenset()
     mode: Mode = "static"
     takes: FormatCondition | None = None
 

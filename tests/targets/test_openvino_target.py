@@ -96,11 +96,48 @@ def test_what_stays_float_between_integers(net: nn.Module) -> None:
         assert float((a - b).abs().max()) <= 0.03 * float(b.abs().max())
 
 
+def residual(function: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    """A convolution, what is between, a convolution."""
+    return Net(
+        lambda m, x: m.d(function(m, F.relu(m.a(x)))),
+        a=conv(3, 16), b=conv(16, 16), c=conv(16, 16, 1), d=conv(16, 4, 1), depth=conv(16, 16, groups=16),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, y: F.relu(m.b(y) + y),
+        lambda m, y: m.b(y) + m.c(y),
+        lambda m, y: F.relu(m.b(y)) + m.c(y),
+        lambda m, y: F.relu(m.depth(y) + y),
+        lambda m, y: m.b(y) + y + m.c(y),
+        lambda m, y: m.b(y) * m.c(y),
+        lambda m, y: F.leaky_relu(m.b(y)) + y,
+    ],
+    ids=["identity", "two", "relu-before", "depthwise", "three", "gate", "leaky"],
+)
+def test_the_file_computes_what_it_computes_under_taps(function: Callable[[Any, Tensor], Tensor]) -> None:
+    # without taps OpenVINO adds to a convolution's result before that is rounded
+    prepared = prepare(residual(function), [images(16)], "openvino")
+    x = images(32)
+    shipped = ship(prepared, x)
+    assert not shipped.inspection.missed and shipped.record["exact_share"] >= 0.9999
+    for found, wanted in zip(shipped.outputs, prepared.simulator().run((x,)), strict=True):
+        assert float(((found - wanted).abs() > 1e-5).float().mean()) <= 0.002
+
+
+def test_what_is_computed_with_a_sum_is_not_rounded_and_said_so() -> None:
+    plan = prepare(residual(lambda m, y: F.relu(m.b(y)) + m.c(y)), [images(16)], "openvino").plan
+    assert plan.nodes["relu#2"].reason == "it is computed in one operator with what reads it"
+    assert [edge.slot for edge in plan.edges if edge.consumer == "add"] == []
+    assert plan.tie_of("b") is None and plan.tie_of("add") is not None
+
+
 @pytest.mark.parametrize("activations", [{}, {"symmetric": True}, {"format": "int4"}])
-def test_residuals_and_narrow_activations(activations: dict[str, Any]) -> None:
+def test_symmetric_and_narrow_activations(activations: dict[str, Any]) -> None:
     net = Net(lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x))) + m.a(x))), a=conv(), b=conv(8, 8), c=conv(8, 4))
-    shipped = ship(prepare(net, [images(8)], "openvino", activations=activations), images(16))
-    assert_exact(shipped)
+    assert_exact(ship(prepare(net, [images(8)], "openvino", activations=activations), images(16)))
 
 
 # ------------------------------------------------------------------------------------- weights

@@ -77,7 +77,7 @@ class _Builder:
     def _operands(self, node: torch.fx.Node) -> None:
         d, row, name = self.d, self.d.rows[node], self.d.names[node]
         for slot, operand in enumerate(d.ops[node].operands):
-            if operand is None:
+            if operand is None or d.is_fused(operand, row):
                 continue
             constraint, key = row.operand(slot), producer_name(d.graph, operand)
             if isinstance(constraint, Free | Shared):

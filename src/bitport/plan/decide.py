@@ -120,13 +120,17 @@ class _Planner(Decisions):
 
     def _absorb_clamps(self) -> None:
         """conv → relu is one operator: the integers' saturation at the zero point is the relu."""
-        for node, row in self.rows.items():
+        for node, row in list(self.rows.items()):
             users = list(node.users)
             if not row.clamps or len(users) != 1 or users[0] not in self.ops:
                 continue
             follower = users[0]
             if self.ops[follower].kind in CLAMPS:
                 if self.activations[follower].is_float:
+                    continue
+                if self.fused_behind(follower):
+                    self.rows.pop(follower, None)
+                    self.reasons[follower] = "it is computed in one operator with what reads it"
                     continue
                 self.absorbs[node], self.absorbed[follower] = follower, node
                 if self.activations[follower] == self.default:

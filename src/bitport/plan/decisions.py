@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..graph import Graph, Op, Operand
-from ..graph.reading import is_float, placeholders, value_users
+from ..graph.reading import is_float, made_by, placeholders, value_users
 from ..rules import Free, OpRule, Ruleset, Shared
 from .options import Override, TensorOptions, resolve
 
@@ -79,7 +79,26 @@ class Decisions:
             (slot, operand)
             for slot, operand in enumerate(self.ops[node].operands)
             if operand is not None and isinstance(row.operand(slot), Free | Shared)
+            if not self.is_fused(operand, row)
         ]
+
+    def is_fused(self, operand: Operand, row: OpRule) -> bool:
+        """Whether the runtime computes the operand and what reads it at once, without rounding in between."""
+        source = operand.node
+        if source in self.ops and self.ops[source].kind in CLAMPS and len(source.users) == 1:
+            source = made_by(self.ops[source], 0)
+        return source in self.rows and self.ops[source].kind in row.fuses and len(source.users) == 1
+
+    def fused_behind(self, clamp: torch.fx.Node) -> bool:
+        """Whether a clamp and what it reads are computed at once with what reads it."""
+        return any(self._fuses(user, clamp) for user in clamp.users)
+
+    def _fuses(self, user: torch.fx.Node, node: torch.fx.Node) -> bool:
+        row = self.rows.get(user)
+        return row is not None and any(
+            operand is not None and operand.node is node and self.is_fused(operand, row)
+            for operand in self.ops[user].operands
+        )
 
     def emits(self, node: torch.fx.Node, float_out: set[torch.fx.Node]) -> bool:
         """Whether an integer operator leaves its result as integers here."""
@@ -97,9 +116,13 @@ class Decisions:
         result = set()
         for node, row in self.rows.items():
             if row.float_output and node not in self.absorbs and node not in self.asked:
-                if not any(self.static(user) for user in value_users(node, self.ops)):
+                if not any(self._rounds(user, node) for user in value_users(node, self.ops)):
                     result.add(node)
         return result
+
+    def _rounds(self, user: torch.fx.Node, node: torch.fx.Node) -> bool:
+        """Whether an operator reads the result of another one as integers."""
+        return self.static(user) and not self._fuses(user, node)
 
     def options(self, tie: str) -> TensorOptions:
         """What the recipe says of a tie: of any tensor in it, the last one in the network if several."""

@@ -72,7 +72,10 @@ def ruleset() -> Ruleset:
             ("linear",), (Free(), Weight(0), Derived("bias")), Free(), "FullyConnected", "compute",
             clamps=True, float_output=True, when=_contraction,
         ),
-        OpRule(("add",), (Free(),), Free(), "Eltwise", "elementwise", clamps=True, when=_plain_add),
+        OpRule(
+            ("add",), (Free(),), Free(), "Eltwise", "elementwise",
+            clamps=True, when=_plain_add, fuses=frozenset({"conv"}),
+        ),
         OpRule(("mul",), (Free(),), Free(), "Eltwise", "elementwise", clamps=True),
         OpRule(("global_avg_pool",), (Free(),), Free(), "Reduce", "elementwise"),
         OpRule(("avg_pool",), (Free(),), Free(), "Pooling", "elementwise"),
