@@ -343,6 +343,7 @@ def targets() -> dict[str, dict[str, Any]]:
     for name in registry.names("targets"):
         try:
             target = registry.get("targets", name).TARGET
+            target.check_installed()
             found[name] = {"summary": target.summary, "available": True}
         except (BitportError, ImportError) as error:
             found[name] = {
@@ -357,9 +358,14 @@ def targets() -> dict[str, dict[str, Any]]:
 
 
 def prepare(recipe: str | Path | Recipe, target: str, effort: str | None = None) -> tuple[Recipe, Target]:
-    """The explicit recipe, and the target with its options. Raises UnknownName, RecipeError; loads nothing."""
+    """The explicit recipe, and the target with its options; loads nothing.
+
+    Raises UnknownName, RecipeError, and MissingDependency before any work where the runtime isn't installed.
+    """
     explicit = Recipe.of(recipe).expand(effort)
-    return explicit, make_target(target, dict(explicit.target))
+    runtime = make_target(target, dict(explicit.target))
+    runtime.check_installed()
+    return explicit, runtime
 
 
 def source(data: Any, graph: Graph, recipe: Recipe, role: str, labels: str) -> Source:
@@ -454,6 +460,7 @@ def _judge_device(opened: Artifact, outputs: str | Path | Mapping[str, Any]) -> 
 
 def _moved(opened: Artifact, subject: Subject, target: str, scratch: Path) -> Subject:
     other = make_target(target)
+    other.check_installed()
     plan = retargeted(subject.plan, subject.graph, other.rules())
     artifacts.write(scratch, subject.graph, opened.original, plan, opened.recipe, other)
     return Subject(scratch, subject.reference, subject.graph, plan, other, subject.facts)

@@ -140,6 +140,20 @@ def test_symmetric_and_narrow_activations(activations: dict[str, Any]) -> None:
     assert_exact(ship(prepare(net, [images(8)], "openvino", activations=activations), images(16)))
 
 
+@pytest.mark.parametrize(("kernel", "runs"), [(15, True), (16, False), (32, False)])
+def test_long_kernels_in_groups_stay_float(kernel: int, runs: bool) -> None:
+    # OpenVINO 2026.4 is wrong there by more than the largest output, where the processor has AMX
+    net = Net(lambda m, x: m.a(x), a=nn.Conv1d(32, 32, kernel, groups=4))
+    if not runs:
+        with pytest.raises(RecipeError, match="kernels 16 and longer wrongly in 8 bits"):
+            prepare(net, [torch.randn(8, 32, 40)], "openvino")
+        return
+    prepared = prepare(net, [torch.randn(8, 32, 40)], "openvino")
+    x = torch.randn(8, 32, 40)
+    (found,), (wanted,) = ship(prepared, x).outputs, prepared.simulator().run((x,))
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------- weights
 
 
@@ -233,9 +247,15 @@ def test_options() -> None:
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    graph = bitport.load(digits(), images(2))
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(MissingDependency, match=r"pip install 'bitport\[openvino\]'"):
+    wanted = pytest.raises(MissingDependency, match=r"pip install 'bitport\[openvino\]'")
+    with wanted:
         OpenVino().open(tmp_path)
+    with wanted:  # before any work
+        bitport.compress(graph, "int8", target="openvino", data=[images(2)], out=tmp_path / "out")
+    assert bitport.targets()["openvino"]["available"] is False
+    assert "bitport[openvino]" in bitport.targets()["openvino"]["needs"]
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"<net>" + b])
@@ -264,6 +284,18 @@ def test_a_network_that_it_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     with pytest.raises(bitport.BitportError, match="OpenVINO refused the network: no such operator"):
         prepared.target.export(prepared.work, prepared.plan, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_tells_what_not_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(
+            "Exception from src/core.cpp:84:\nCheck 'false' failed at x.cpp:1:\n-- AveragePool\nis too long"
+        )
+
+    prepared = prepare(digits(), [images(8)], "openvino")
+    monkeypatch.setattr("openvino.save_model", refuse)
+    with pytest.raises(bitport.BitportError, match="OpenVINO refused the network: AveragePool is too long"):
+        prepared.target.export(prepared.work, prepared.plan, tmp_path)
 
 
 def test_a_float_network_goes_through_as_it_is(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..errors import RecipeError
+from ..errors import MissingDependency, RecipeError
 from ..graph import Graph
 from ..plan import Plan
 from ..rules import Ruleset
@@ -89,6 +90,13 @@ class Target(ABC):
                 raise RecipeError(f"[target] {key} = {value!r}: expected a value of type {wanted}")
         self.options: dict[str, Any] = {**self.defaults, **options}
         self.check_options()
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise MissingDependency for a runtime that isn't there; imports nothing."""
+        for package in cls.modules:
+            if find_spec(package) is None:
+                raise MissingDependency(f"the target {cls.name}", package, cls.name)
 
     def check_options(self) -> None:  # noqa: B027 - not every target has something to check
         """Raise RecipeError for option values the runtime can't take."""

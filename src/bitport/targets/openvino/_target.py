@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import ExportError, MissingDependency, RecipeError, TargetError, first_line
+from ...errors import ExportError, MissingDependency, RecipeError, TargetError
 from ...graph import Graph
 from ...plan import Plan, lower
 from ...plan.lower import QUANTIZED
@@ -27,6 +27,8 @@ from .inspect import MADE_BY, inspected
 from .table import ruleset
 from .weights import narrow, widened
 
+PREFACES = ("Exception from", "Check 'false'", "FrontEnd API", "Model wasn't fully converted")
+LONGEST = 400  # characters of an error that are told
 OPSET = 21  # knows 4-bit integers and scales per block
 
 
@@ -68,7 +70,7 @@ class OpenVino(Target):
                 ir.set_rt_info({spec.name: graph.name(node) for spec, node in ends}, MADE_BY)
                 openvino.save_model(ir, folder / self.model_file, compress_to_fp16=False)
             except RuntimeError as error:
-                raise ExportError(f"OpenVINO refused the network: {first_line(error)}") from error
+                raise ExportError(f"OpenVINO refused the network: {_told(error)}") from error
 
     def open(self, folder: Path, *, taps: bool = False, optimize: bool = True) -> Session:
         return _OvSession(self._compiled(folder, taps=taps, lowered=optimize))
@@ -87,7 +89,7 @@ class OpenVino(Target):
                 model.add_outputs([name for name in _tensor_names(model) if name.endswith(QUANTIZED)])
             return core.compile_model(model, "CPU", config)
         except RuntimeError as error:
-            raise TargetError(f"OpenVINO can't load {self.model_file}: {first_line(error)}") from error
+            raise TargetError(f"OpenVINO can't load {self.model_file}: {_told(error)}") from error
 
 
 def _core() -> Any:
@@ -96,6 +98,13 @@ def _core() -> Any:
     except ImportError as error:
         raise MissingDependency("the target openvino", "openvino", "openvino") from error
     return openvino.Core()
+
+
+def _told(error: RuntimeError) -> str:
+    """What went wrong: OpenVINO begins with where in its own source."""
+    lines = [line.strip(" -") for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith(PREFACES)]
+    return " ".join(told)[:LONGEST] or type(error).__name__
 
 
 def _name_alike(model: Any) -> None:
@@ -161,7 +170,7 @@ class _OvSession(Session):
         try:
             self.request.infer(feeds)
         except RuntimeError as error:
-            raise TargetError(f"OpenVINO failed while running: {first_line(error)}") from error
+            raise TargetError(f"OpenVINO failed while running: {_told(error)}") from error
 
     def _result(self, index: int) -> Tensor:
         return torch.from_numpy(np.array(self.request.get_output_tensor(index).data))

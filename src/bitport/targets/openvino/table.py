@@ -31,6 +31,10 @@ MOVES = (
     "max_pool", "pad",
 )  # fmt: skip
 
+# Grouped convolutions with AMX instructions, 8 or more channels a group: kernels of 16, 24 and 32 are wrong by more
+# than the largest output; those up to 15, of 17, 18, 20 and 31 are right.
+WRONG_FROM = 16
+
 REASONS = {
     "matmul": "OpenVINO multiplies two tensors in float where they have zero points",
     "transpose": "behind an integer transpose OpenVINO would multiply floats",
@@ -48,9 +52,15 @@ REASONS = {
 
 def _contraction(graph: Graph, node: fx.Node, op: Op) -> str | None:
     objection = constant_parameters(graph, node, op)
-    if objection is None and op.kind == "conv" and op.attrs.get("padding_mode", "zeros") != "zeros":
+    weight = op.operands[1]
+    if objection is not None or op.kind != "conv" or weight is None or weight.tensor is None:
+        return objection
+    if op.attrs.get("padding_mode", "zeros") != "zeros":
         return f"{op.attrs['padding_mode']} padding has no integer kernel"
-    return objection
+    shape = graph.tensor(weight.tensor).shape
+    if op.attrs["groups"] > 1 and shape[1] > 1 and shape[-1] >= WRONG_FROM:
+        return f"OpenVINO 2026.4 computes grouped convolutions of kernels {WRONG_FROM} and longer wrongly in 8 bits"
+    return None
 
 
 def _plain_add(graph: Graph, node: fx.Node, op: Op) -> str | None:
