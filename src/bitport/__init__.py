@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .api import compress, load, report, targets, verify
     from .artifact import Artifact
     from .data import Batch
+    from .difference import diff
     from .doctor import diagnose
     from .formats import Format
     from .metrics import Metric
@@ -57,6 +58,7 @@ _LAZY = {
     "compress": "api",
     "dequantize": "recover",
     "diagnose": "doctor",
+    "diff": "difference",
     "load": "api",
     "report": "api",
     "requantize": "recover",
@@ -91,6 +93,7 @@ __all__ = [
     "compress",
     "dequantize",
     "diagnose",
+    "diff",
     "load",
     "report",
     "requantize",

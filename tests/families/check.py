@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +14,7 @@ from tests.flow import Prepared, Shipped, assert_exact, prepare, ship
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from bitport.errors import TargetError
 from bitport.frontends.pytorch import load_module
 from bitport.graph import Graph
 from bitport.proof import cost
@@ -22,6 +23,19 @@ from bitport.proof import cost
 def in_turn(names: Iterable[str], fast: Iterable[str]) -> list[ParameterSet]:
     """Parameters of a test: all but the fast ones wait for `make test-slow` (the exporter takes seconds for each)."""
     return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
+
+
+def with_gaps(names: Iterable[str], fast: Iterable[str], gaps: Mapping[str, str]) -> list[ParameterSet]:
+    """The same, with those that a runtime can't take; one that it has learned to take fails the test."""
+    marks = {
+        name: [pytest.mark.xfail(strict=True, reason=gaps[name], raises=TargetError)]
+        for name in names
+        if name in gaps
+    }
+    return [
+        pytest.param(name, marks=[*marks.get(name, []), *([] if name in fast else [pytest.mark.slow])])
+        for name in names
+    ]
 
 
 @functools.cache
@@ -81,6 +95,21 @@ class Result:
             n for name, n in self.macs.items() if self.prepared.plan.node(name).kernel and name not in missed
         )
         return done / sum(self.macs.values())
+
+
+def on_openvino(name: str) -> Result:
+    """The same on OpenVINO: it sums integers exactly, and does the rest in float32, a last bit apart here and there."""
+    _, graph = loaded(name)
+    batches = [tuple(inputs(name, 4, seed).values()) for seed in (11, 12)]
+    prepared = prepare(graph, batches, "openvino", weights={"granularity": "channel"})
+    test = tuple(inputs(name, 6, seed=13).values())
+    shipped = ship(prepared, test, tuple(value[:1] for value in test))
+    local = shipped.record["local"]
+    assert local["integers"] > 0 and local["max_steps"] <= 1 and local["exact_share"] >= 0.999, local
+    for got, simulated in zip(shipped.outputs, prepared.simulator().run(test), strict=True):
+        if got.is_floating_point():
+            assert close(got, simulated, 0.02)
+    return Result(prepared, shipped, cost.macs(prepared.reference), test)
 
 
 def on_the_runtime(name: str) -> Result:

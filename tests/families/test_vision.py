@@ -1,10 +1,10 @@
-"""Vision networks of Hugging Face: values, gradients, and integers on ONNX Runtime."""
+"""Vision networks of Hugging Face: values, gradients, and integers on the runtimes."""
 
 from __future__ import annotations
 
 import pytest
 from tests.families import VISION
-from tests.families.check import in_turn, on_the_runtime, values_and_gradients
+from tests.families.check import in_turn, on_openvino, on_the_runtime, values_and_gradients, with_gaps
 
 EARLY = ("resnet", "mobilenet_v1", "mobilenet_v2", "efficientnet", "convnext", "vit", "deit", "swin", "beit")
 
@@ -19,3 +19,14 @@ def test_its_integers_arrive_on_the_runtime(name: str) -> None:
     result = on_the_runtime(name)
     assert result.share() > 0.9
     assert result.prepared.real_error(result.example) < 0.25
+
+
+GAPS = {
+    "efficientnet": "OpenVINO 2026.4 takes no AveragePool whose kernel exceeds what it pools (ceil_mode cuts it)",
+    "mobilevitv2": "OpenVINO 2026.4 fails to lower a Gather with a matrix of indices (GatherTransformation)",
+}
+
+
+@pytest.mark.parametrize("name", with_gaps(VISION, ("resnet", "swin", "mobilevitv2"), GAPS))
+def test_its_integers_arrive_on_openvino(name: str) -> None:
+    assert on_openvino(name).share() > 0.85

@@ -157,6 +157,49 @@ def _listed(console: Console, rows: Sequence[tuple[str, str]]) -> None:
         console.print(row)
 
 
+def difference(found: Mapping[str, Any]) -> None:
+    """Two artifacts side by side: `found` is the record of `bitport.diff`."""
+    console = _console()
+    sides = [f"{found[side]['recipe']} on {found[side]['target']}" for side in ("first", "second")]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", overflow="fold")
+    table.add_column("operator")
+    for side in sides:
+        table.add_column(_text(side), justify="right")
+    table.add_column("apart", justify="right")
+    for layer in found["layers"]:
+        worst = layer["name"] == found["worst"]
+        cells = [_of_side(layer[side]) for side in ("first", "second")]
+        told = "moved" if layer.get("apart_db_reason") else _decibel(layer["apart_db"])
+        row = [layer["name"], layer["op"].removeprefix("other:"), *cells, told]
+        table.add_row(*(_text(cell, "bold yellow" if worst else "") for cell in row))
+    console.print(table)
+    console.print()
+    outputs = ", ".join(f"{name} {_decibel(value['apart_db'])}" for name, value in found["outputs"].items())
+    console.print(
+        Text("the files' outputs, apart: ", style="bold") + _text(outputs or "no floats to compare")
+    )
+    if found["worst"] is not None:
+        console.print(Text(f"{sides[1]} loses most against {sides[0]} at ") + _text(found["worst"], "bold"))
+    notes = (
+        "dB: signal against what differs, of values against the float network's; formats of weights / result."
+    )
+    console.print(Text(notes, style="dim"))
+
+
+def _of_side(side: Mapping[str, Any]) -> str:
+    formats = [_short(fmt) for fmt in (side["weights"], side["result"]) if fmt is not None]
+    return f"{_decibel(side['sqnr_db'])}  {' / '.join(formats)}"
+
+
+def _decibel(value: float | None) -> str:
+    return "equal" if value is None else f"{value:.1f} dB"
+
+
+def _short(fmt: str) -> str:
+    return "float" if fmt == "float32" else fmt.split(" ")[0]
+
+
 def inspection(found: Mapping[str, Any]) -> None:
     """The layers of a network and what a target would make of them.
 
