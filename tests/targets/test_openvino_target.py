@@ -306,3 +306,18 @@ def test_a_float_network_goes_through_as_it_is(tmp_path: Path) -> None:
     (found,) = target.open(tmp_path).run((x,))
     with torch.no_grad():
         assert torch.allclose(found, net(x), atol=1e-5)
+
+
+def test_casts_of_other_constants_stay() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = Linear(8, 8)
+            self.register_buffer("gain", torch.arange(1, 9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.a(x * self.gain.float())
+            return result
+
+    shipped = ship(prepare(Scaled(), [torch.randn(8, 8)], "openvino"), torch.randn(8, 8))
+    assert not shipped.inspection.missed

@@ -39,7 +39,7 @@ class Narrow:
 def widened(lowered: Lowered) -> Narrow:
     """Replace bit streams by integers of a type that torch has, and groups by blocks of a matrix's rows, in place."""
     graph, module = lowered.module.graph, lowered.module
-    found, wide = Narrow(), set[str]()
+    found, wide, biases = Narrow(), set[str](), set[str]()
     for node in list(graph.find_nodes(op="call_function", target=UNPACK)):
         packed: Any = node.args[0]
         bits, low, shape = _Unpack(*node.args[1:])
@@ -52,16 +52,17 @@ def widened(lowered: Lowered) -> Narrow:
         _pass(module, node, packed)
     for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype)):
         stored: Any = node.args[0]
-        if stored.op != "get_attr":
+        name = lowered.names.get(str(stored.target)) if stored.op == "get_attr" else None
+        if name is None:
             continue
         value = module.get_buffer(stored.target)
         if value.dtype in (torch.float16, torch.bfloat16):
-            found.floats[lowered.names[stored.target]] = value.dtype
+            found.floats[name] = value.dtype
             setattr(module, stored.target, value.float())
-        if lowered.names[stored.target] in found.floats:
+        if name in found.floats:
             _pass(module, node, stored)
     for node in list(graph.find_nodes(op="call_function", target=DEQUANTIZE)):
-        _add_in_float(module, node)
+        _add_in_float(module, node, biases)
     shapes: dict[str, torch.Size] = {}
     for node in list(graph.find_nodes(op="call_function", target=DEQUANTIZE)):
         if len(node.args) > 4 and node.args[4]:
@@ -82,15 +83,21 @@ def _pass(module: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
     module.graph.erase_node(node)
 
 
-def _add_in_float(module: fx.GraphModule, node: fx.Node) -> None:
-    """OpenVINO adds biases in float32: an int32 one is written as that, not as the operators that make it."""
+def _add_in_float(module: fx.GraphModule, node: fx.Node, done: set[str]) -> None:
+    """OpenVINO adds biases in float32: an int32 one is written as that, not as the operators that make it.
+
+    done: biases that are written so already.
+    """
     args: Any = node.args
     codes, scale, zero_point = args[:3]
-    if codes.op != "get_attr" or module.get_buffer(codes.target).dtype != torch.int32:
+    if codes.op != "get_attr":
         return
-    integers, factor, zero = (module.get_buffer(part.target) for part in (codes, scale, zero_point))
-    setattr(module, codes.target, (integers - zero).float() * factor)
-    _pass(module, node, codes)
+    if module.get_buffer(codes.target).dtype == torch.int32:
+        integers, factor, zero = (module.get_buffer(part.target) for part in (codes, scale, zero_point))
+        setattr(module, codes.target, (integers - zero).float() * factor)
+        done.add(codes.target)
+    if codes.target in done:
+        _pass(module, node, codes)
 
 
 def _in_blocks(module: fx.GraphModule, node: fx.Node, shapes: dict[str, torch.Size]) -> None:
