@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -239,6 +240,27 @@ def test_an_integer_layer_that_runs_in_float_is_told(monkeypatch: pytest.MonkeyP
 
 
 # ------------------------------------------------------------------------------------- errors
+
+SIGNALLED = """
+import gc, os, signal, sys
+from pathlib import Path
+from bitport.targets.openvino import OpenVino
+
+signal.signal(signal.SIGINT, lambda *_: print("answered"))
+sessions = [OpenVino().open(Path(sys.argv[1])) for _ in range(2)]
+while sessions:
+    sessions.pop(0)
+    gc.collect()
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_a_signal_behind_closed_sessions_does_not_end_the_process(tmp_path: Path) -> None:
+    prepared = prepare(digits(), [images(8)], "openvino")
+    prepared.target.export(prepared.work, prepared.plan, tmp_path)
+    command = [sys.executable, "-c", SIGNALLED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "answered\n"), done.stderr
 
 
 def test_options() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -97,7 +98,17 @@ def _core() -> Any:
         import openvino
     except ImportError as error:
         raise MissingDependency("the target openvino", "openvino", "openvino") from error
-    return openvino.Core()
+    return _only_core(openvino.Core)
+
+
+@cache
+def _only_core(make: Callable[[], Any]) -> Any:
+    """One for the process, never given up.
+
+    Each gives the thread a stack of its own for signals (AMX registers fit on no other), and puts back the one before
+    when it goes: of two the second puts back what the first has freed, and the next signal ends the process.
+    """
+    return make()
 
 
 def _told(error: RuntimeError) -> str:
