@@ -23,8 +23,8 @@ PUBLIC = [
     "Artifact", "ArtifactError", "Batch", "BitportError", "DataError", "ExportError", "Format",
     "FormatError", "GateFailed", "GraphError", "Interrupted", "LoadError", "Locked", "Metric",
     "MetricError", "MissingDependency", "NotEnoughMemory", "Recipe", "RecipeError", "Tampered", "TargetError",
-    "UnknownName", "UnsafeFile", "WeightsError", "compress", "dequantize", "diagnose", "load", "report", "requantize",
-    "targets", "verify",
+    "UnknownName", "UnsafeFile", "WeightsError", "compress", "dequantize", "diagnose", "diff", "load", "report",
+    "requantize", "targets", "verify",
 ]  # fmt: skip
 HEAVY = (
     "torch",
