@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +274,15 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     wanted = pytest.raises(MissingDependency, match=r"pip install 'bitport\[openvino\]'")
     with wanted:
         OpenVino().open(tmp_path)
-    with wanted:  # before any work
-        bitport.compress(graph, "int8", target="openvino", data=[images(2)], out=tmp_path / "out")
+    read: list[int] = []
+
+    def data() -> Iterator[Tensor]:
+        read.append(1)
+        yield images(2)
+
+    with wanted:
+        bitport.compress(graph, "int8", target="openvino", data=data, out=tmp_path / "out")
+    assert not read  # before any work
     assert bitport.targets()["openvino"]["available"] is False
     assert "bitport[openvino]" in bitport.targets()["openvino"]["needs"]
 
