@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 from tests.families import VISION
-from tests.families.check import in_turn, on_openvino, on_the_runtime, values_and_gradients, with_gaps
+from tests.families.check import in_turn, on_openvino, on_the_runtime, values_and_gradients
+
+from bitport.errors import TargetError
 
 EARLY = ("resnet", "mobilenet_v1", "mobilenet_v2", "efficientnet", "convnext", "vit", "deit", "swin", "beit")
 
@@ -21,12 +23,23 @@ def test_its_integers_arrive_on_the_runtime(name: str) -> None:
     assert result.prepared.real_error(result.example) < 0.25
 
 
-GAPS = {
-    "efficientnet": "OpenVINO 2026.4 takes no AveragePool whose kernel exceeds what it pools (ceil_mode cuts it)",
-    "mobilevitv2": "OpenVINO 2026.4 fails to lower a Gather with a matrix of indices (GatherTransformation)",
+# What OpenVINO 2026.4 doesn't take, with what it says; one that it has learned to take fails here, and leaves the list.
+KNOWN_GAPS = {
+    # a pool whose window exceeds what is left, cut by ceil_mode (of its kin: openvino issue 33369)
+    "efficientnet": "AveragePool.*Kernel after dilation has size|kernel, dim",
+    # a Gather of 8-bit numbers with a matrix of indices (what came with openvino pull request 14597)
+    "mobilevitv2": "GatherTransformation",
 }
 
 
-@pytest.mark.parametrize("name", with_gaps(VISION, ("resnet", "swin", "mobilevitv2"), GAPS))
+@pytest.mark.parametrize(
+    "name", in_turn([name for name in VISION if name not in KNOWN_GAPS], ("resnet", "swin"))
+)
 def test_its_integers_arrive_on_openvino(name: str) -> None:
     assert on_openvino(name).share() > 0.85
+
+
+@pytest.mark.parametrize("name", KNOWN_GAPS)
+def test_openvino_still_refuses_it_and_says_why(name: str) -> None:
+    with pytest.raises(TargetError, match=KNOWN_GAPS[name]):
+        on_openvino(name)

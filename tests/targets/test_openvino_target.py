@@ -51,6 +51,17 @@ def test_from_the_recipe_to_the_measured_artifact(tmp_path: Path) -> None:
     assert torch.equal(artifact.predict(x), bitport.Artifact.load(artifact.path).predict(x))
 
 
+@pytest.mark.parametrize(("made", "other"), [("onnxruntime", "openvino"), ("openvino", "onnxruntime")])
+def test_the_same_plan_on_the_other_runtime(made: str, other: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    graph, data = bitport.load(digits(), images(4)), [images(16) for _ in range(2)]
+    artifact = bitport.compress(graph, "int8", target=made, data=data, out=tmp_path / "out", effort="plain")
+    record = bitport.verify(artifact.path, [images(16)], target=other)
+    assert record["target"] == other
+    assert record["integer.mac_share"] == 1.0 and record["integer.float_ops"] == []
+    assert record["parity.exact_share"] >= 0.999 and record["parity.max_steps"] <= 1
+
+
 def test_files_are_the_same_to_the_byte_and_tell_nothing_of_the_machine(tmp_path: Path) -> None:
     prepared = prepare(digits(), [images(8)], "openvino")
     for name in ("one", "two"):

@@ -68,8 +68,8 @@ class Target(ABC):
     """A runtime. A class is abstract or final: nothing implemented here is overridden.
 
     `defaults` are the options of a recipe's `[target]` table with their default values; `modules` are what its
-    files import when they run (a fair memory measurement imports them first). `runner` is a module whose `load` opens
-    the model with the runtime and numpy alone; the artifact's `run.py` is made with it.
+    files import when they run (a fair memory measurement imports them first). `runner` is a module whose class
+    `Network` opens the model with the runtime and numpy alone; it ends the artifact's `run.py`.
     """
 
     name: ClassVar[str]

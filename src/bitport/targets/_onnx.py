@@ -95,7 +95,7 @@ def _exported(
                 optimize=True,
                 verbose=False,
             )
-    except Exception as error:
+    except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"PyTorch's ONNX exporter refused the network: {_first_cause(error)}") from error
     assert result is not None
     model: ir.Model = result.model

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,18 @@ CLOSE = 0.02  # of the largest golden output: other processors round otherwise h
 Run = Callable[[Sequence[Any]], Sequence[Any]]  # a file's inputs → its outputs, in the order of the manifest
 
 
-def load(folder: Path, manifest: Mapping[str, Any]) -> Run:
-    raise NotImplementedError("an artifact has its runtime's own lines here")
-
-
-class Network:
-    """The network, loaded. inputs, outputs: their names, shapes and number formats."""
+class Runner(ABC):
+    """A network, loaded. inputs, outputs: their names, shapes and number formats."""
 
     def __init__(self, folder: Path = HERE) -> None:
         self.folder = folder
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.inputs, self.outputs = manifest["inputs"], manifest["outputs"]
-        self.compute = load(folder, manifest)
+        self.compute = self.load(manifest["target_options"])
+
+    @abstractmethod
+    def load(self, options: Mapping[str, Any]) -> Run:
+        """The file of this folder in its runtime. options: those that it was measured with."""
 
     def __call__(self, inputs: Any) -> dict[str, Any]:
         """Outputs by name, as numbers. inputs: an array, or arrays by name; floats do where the file takes integers."""
@@ -95,7 +96,7 @@ def dequantize(value: Any, scale: float, zero_point: int) -> Any:
     return (value.astype(np.int32) - zero_point).astype(np.float32) * np.float32(scale)
 
 
-def check(network: Network) -> int:
+def check(network: Runner) -> int:
     """Compare with the golden pairs; 0 where they agree."""
     with np.load(network.folder / "sample.npz", allow_pickle=False) as sample:
         fed = {spec["name"]: sample[f"input.{spec['name']}"] for spec in network.inputs}
@@ -123,17 +124,13 @@ def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], load: Callable[[], Runner]) -> int:
     if not arguments:
-        return check(Network())
+        return check(load())
     if len(arguments) != 2:
         _say(__doc__ or "")
         return 2
     with np.load(arguments[0], allow_pickle=False) as given:
-        outputs = Network()(dict(given))
+        outputs = load()(dict(given))
     np.savez(arguments[1], **outputs)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""An artifact's `run.py`: `_runner` with a runtime's own lines in it, so that the folder needs nothing of bitport."""
+"""An artifact's `run.py`: `_runner`, and behind it a runtime's own class; the folder needs nothing of bitport."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from pathlib import Path
 
 from . import _runner
 
-FIRST = "def load("  # of a runtime's lines, and of those that they take the place of
-GAP = "\n\n\n"  # behind a function
+FIRST = "class Network("  # of a runtime's own lines
+LAST = """
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:], Network))
+"""
 
 
 def script(own: Path) -> str:
-    """The text of `run.py`. own: the runtime's module with `load`."""
-    text, lines = Path(_runner.__file__).read_text(encoding="utf-8"), own.read_text(encoding="utf-8")
-    before, behind = text.split(FIRST, 1)
-    return before + lines[lines.index(FIRST) :].rstrip() + GAP + behind.split(GAP, 1)[1]
+    """The text of `run.py`. own: the runtime's module with the class `Network`."""
+    lines = own.read_text(encoding="utf-8")
+    parts = (Path(_runner.__file__).read_text(encoding="utf-8"), lines[lines.index(FIRST) :], LAST)
+    return "\n\n".join(part.rstrip() + "\n" for part in parts)

@@ -1,31 +1,35 @@
-"""OpenVINO's lines of an artifact's `run.py`: the functions from here on, behind what `_runner` imports."""
+"""OpenVINO's lines of an artifact's `run.py`: all from the class on, behind those of `_runner`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .._runner import Run
+from .._runner import Run, Runner
 
 
-def load(folder: Path, manifest: Mapping[str, Any]) -> Run:
+class Network(Runner):
     """The network in OpenVINO on the CPU, in the precision that was measured."""
-    import openvino
 
-    compiled = openvino.Core().compile_model(
-        folder / "model.xml", "CPU", settings(manifest["target_options"]["threads"])
+    core: Any = (
+        None  # one for the process: of two that overlap the second puts back the first one's signal stack
     )
-    request = compiled.create_infer_request()
-    names = [port.get_any_name() for port in compiled.inputs]
 
-    def run(fed: Sequence[Any]) -> Sequence[Any]:
-        request.infer(dict(zip(names, fed, strict=True)))
-        return [np.array(request.get_output_tensor(index).data) for index in range(len(compiled.outputs))]
+    def load(self, options: Mapping[str, Any]) -> Run:
+        import openvino
 
-    return run
+        Network.core = Network.core or openvino.Core()
+        compiled = self.core.compile_model(self.folder / "model.xml", "CPU", settings(options["threads"]))
+        request = compiled.create_infer_request()
+        names = [port.get_any_name() for port in compiled.inputs]
+
+        def run(fed: Sequence[Any]) -> Sequence[Any]:
+            request.infer(dict(zip(names, fed, strict=True)))
+            return [np.array(request.get_output_tensor(index).data) for index in range(len(compiled.outputs))]
+
+        return run
 
 
 def settings(threads: int) -> dict[str, Any]:
