@@ -8,7 +8,7 @@ from typing import Any
 from . import api
 from . import artifact as artifacts
 from .artifact import Artifact
-from .numerics.error import sqnr_db
+from .numerics.error import finite, sqnr_db
 from .progress import NullProgress, Progress
 from .proof.apart import apart
 from .records import Measurement
@@ -49,7 +49,6 @@ def diff(
     outputs = {}
     for spec, ours, theirs in zip(graph.outputs, *given, strict=True):
         if ours.is_floating_point() and ours.shape == theirs.shape:
-            decibel = sqnr_db(ours, theirs)
-            outputs[spec.name] = {"apart_db": decibel if abs(decibel) < float("inf") else None}
+            outputs[spec.name] = {"apart_db": finite(sqnr_db(ours, theirs))}
     about = [{"target": one.target.name, "recipe": one.manifest["recipe"]} for one in opened]
     return Measurement({"first": about[0], "second": about[1], **record, "outputs": outputs})

@@ -252,6 +252,20 @@ def zero_padding(graph: Graph, node: torch.fx.Node, op: Op) -> str | None:
     return None
 
 
+def zero_padded_contraction(graph: Graph, node: torch.fx.Node, op: Op) -> str | None:
+    """Constant parameters, and what a convolution pads with is zeros, which every format stores exactly."""
+    objection = constant_parameters(graph, node, op)
+    if objection is None and op.kind == "conv" and op.attrs.get("padding_mode", "zeros") != "zeros":
+        return f"{op.attrs['padding_mode']} padding has no integer kernel"
+    return objection
+
+
+def plain_sum(graph: Graph, node: torch.fx.Node, op: Op) -> str | None:
+    """a + b, not a + alpha · b."""
+    alpha = op.attrs.get("alpha", 1)
+    return None if alpha == 1 else f"add with alpha = {alpha} has no integer kernel"
+
+
 def positive_factor(graph: Graph, node: torch.fx.Node, op: Op) -> str | None:
     """A product with a constant is a change of scale, which has to be a positive number known beforehand."""
     value = op.attrs["value"]

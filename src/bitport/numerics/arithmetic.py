@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitport.errors import GraphError
+from bitport.errors import GraphError, TargetError
 
 FLOAT32_EXACT = 2**24  # every integer up to here is a float32
 FLOAT64_EXACT = 2**53
@@ -81,6 +81,16 @@ class Call:
     attrs: Mapping[str, Any]
     operands: tuple[Any, ...]
     out: QSpec | None
+
+
+def quantized(call: Call, slot: int) -> QTensor:
+    """An operand as integers. Raises TargetError where it is none."""
+    operand = call.operands[slot]
+    if not isinstance(operand, QTensor):
+        raise TargetError(
+            f"{call.kind}: operand {slot} is not quantized: quantize it or keep this operator in float"
+        )
+    return operand
 
 
 def along(values: Tensor, ndim: int, axis: int | None) -> Tensor:
@@ -208,6 +218,14 @@ def convolve(
     x_f, w_f = _weighted(x, weight, 0)
     run = (F.conv1d, F.conv2d, F.conv3d)[w_f.ndim - 3]
     return _integers(run(x_f, w_f, None, stride, padding, dilation, groups), bias, 1)
+
+
+def convolved(call: Call, bias: QTensor | None = None) -> Tensor:
+    """The exact int32 sums of a `conv` call."""
+    names = ("stride", "padding", "dilation", "groups")
+    return convolve(
+        quantized(call, 0), quantized(call, 1), bias, **{name: call.attrs[name] for name in names}
+    )
 
 
 def convolve_transposed(

@@ -97,6 +97,11 @@ def sqnr_db(reference: Tensor, value: Tensor) -> float:
     return stats.sqnr_db
 
 
+def finite(decibels: float) -> float | None:
+    """Decibels as a record holds them: None where nothing differs or nothing is there, since JSON has no infinity."""
+    return decibels if math.isfinite(decibels) else None
+
+
 def _larger(a: float, b: float) -> float:
     """max that keeps NaN, which `max` drops or keeps depending on the order."""
     return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ..errors import ArtifactError
 from ..graph import Edge
 from ..graph.reading import producer_name
-from ..numerics.error import sqnr_db
+from ..numerics.error import finite, sqnr_db
 from ..plan.options import WITH_WEIGHTS
 from ..records import absent
 from ..simulate import Simulator
@@ -69,11 +69,11 @@ def _layer(
     }
     for side in SIDES:
         record[side] = {
-            "sqnr_db": _finite(_db(reals[side], found[side])),
+            "sqnr_db": finite(_db(reals[side], found[side])),
             **_formats(subjects[side], name),
         }
     if _db(reals["first"], reals["second"]) >= ALIKE:
-        record["apart_db"] = _finite(_db(found["first"], found["second"]))
+        record["apart_db"] = finite(_db(found["first"], found["second"]))
     else:
         absent(record, "apart_db", "scales were moved or turned there in one of them: its values are others")
     return record
@@ -95,11 +95,6 @@ def _db(reference: Tensor, value: Tensor) -> float:
     """SQNR over what is finite in both: masks hold infinities."""
     where = torch.isfinite(reference) & torch.isfinite(value)
     return sqnr_db(reference[where], value[where])
-
-
-def _finite(decibel: float) -> float | None:
-    """None where nothing differs (or nothing is there): infinity is no JSON."""
-    return decibel if abs(decibel) < float("inf") else None
 
 
 def _formats(subject: Subject, name: str) -> dict[str, str | None]:

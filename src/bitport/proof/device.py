@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import wording
 from ..errors import DataError
 from ..graph import Edge, Graph
-from ..numerics.error import sqnr_db
+from ..numerics.error import finite, sqnr_db
 from ..plan import Plan
 
 ALLOWED_STEPS = 2  # what sound runtimes differ by, end to end
@@ -155,7 +155,7 @@ def _row(sides: Sides, identical: bool) -> dict[str, Any]:
     }
     for key, (reference, value) in pairs.items():
         decibel = sqnr_db(reference, value)
-        row[key] = decibel if math.isfinite(decibel) else None
+        row[key] = finite(decibel)
         if row[key] is None:
             row[f"{key}_reason"] = "they are equal" if decibel > 0 else "the reference is zero"
     scores = sides.golden.dim() >= 2 and sides.golden.shape[-1] > 1 and sides.golden.numel() > 0

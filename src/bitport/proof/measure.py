@@ -7,7 +7,6 @@ compressed file on the runtime (`runtime`). A value that can't be had is null wi
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from ..data import Source
 from ..errors import TargetError
 from ..graph import Graph
 from ..metrics import Metric
+from ..numerics.error import finite
 from ..plan import Plan
 from ..plan.rescaled import counterpart
 from ..progress import Progress
@@ -300,8 +300,8 @@ def _layers(
                 _absent(row, key, todo.reason or "its result is not quantized")
         else:
             row["sqnr_db"], row["sqnr_runtime_db"] = (
-                _finite(error.simulated.sqnr_db),
-                _finite(error.runtime.sqnr_db),
+                finite(error.simulated.sqnr_db),
+                finite(error.runtime.sqnr_db),
             )
             if error.local.integers:
                 row["steps_max"], row["exact_share"] = error.local.worst, error.local.exact_share
@@ -323,11 +323,6 @@ def _empty(keys: Sequence[str], reason: str) -> dict[str, Any]:
     for key in keys:
         _absent(section, key, reason)
     return section
-
-
-def _finite(value: float) -> float | None:
-    """Decibels; None for a tensor without any error or any signal."""
-    return value if math.isfinite(value) else None
 
 
 # ------------------------------------------------------------------------------------------------ latency, memory

@@ -7,7 +7,6 @@ float → simulated is what quantization cost, simulated → runtime what the co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, fx
 from ..errors import TargetError
 from ..graph import Graph
 from ..graph.beside import names_beside
-from ..numerics.error import ErrorStats
+from ..numerics.error import ErrorStats, finite
 from ..plan import Plan
 from ..plan.model import LOCAL
 from ..records import absent
@@ -163,10 +162,9 @@ class Parity:
         if not local.integers:
             for key in tuple(exact):
                 absent(exact, key, "no activation is stored as integers: only float outputs can be compared")
-        decibel = self.outputs.sqnr_db
         return {
             **exact,
-            "outputs_db": decibel if math.isfinite(decibel) else None,
+            "outputs_db": finite(self.outputs.sqnr_db),
             "edges": edges,
             "tensors": len(self.layers),
             "samples": self.samples,

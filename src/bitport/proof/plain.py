@@ -18,7 +18,7 @@ from ..errors import BitportError
 from ..graph import Graph
 from ..graph.reading import constant_names
 from ..numerics.codes import fit
-from ..numerics.error import ErrorStats
+from ..numerics.error import ErrorStats, finite
 from ..numerics.quantize import qparams
 from ..plan import Plan, TensorPlan
 from ..plan.constants import settle
@@ -64,11 +64,11 @@ def plain_record(
             plain = _error(Simulator(reference, _plain(reference, plan, seen), arithmetic), few, floats)
         except BitportError as error:  # a bias, say, that only fits because a step made room for it
             absent(record, "plain_sqnr_db", f"plain rounding isn't possible here: {error}")
-            return {**record, "sqnr_db": _finite(found), "holds": True}
+            return {**record, "sqnr_db": finite(found), "holds": True}
     return {
         **record,
-        "sqnr_db": _finite(found),
-        "plain_sqnr_db": _finite(plain),
+        "sqnr_db": finite(found),
+        "plain_sqnr_db": finite(plain),
         "holds": _holds(found, plain),
     }
 
@@ -154,7 +154,3 @@ def _extremes(reference: Graph, plan: Plan, few: list[Sequence[Tensor]]) -> dict
     for inputs in few:
         reference.run(*inputs, on_value=look)
     return found
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

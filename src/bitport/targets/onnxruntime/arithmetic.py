@@ -28,11 +28,12 @@ from bitport.numerics.arithmetic import (
     QSpec,
     QTensor,
     along,
-    convolve,
+    convolved,
     fma,
     multiply,
     project,
     quantize,
+    quantized,
     requantize_float,
     rne,
     spread,
@@ -46,18 +47,8 @@ SHIFT = 128
 
 def conv(call: Call) -> Tensor:
     """QLinearConv: `clip(rne(float32(acc)·(s_x·s_w/s_y)) + z_y)`, the multiplier float32, left to right."""
-    x, weight = _quantized(call, 0), _quantized(call, 1)
-    attrs = call.attrs
-    acc = convolve(
-        x,
-        weight,
-        _int_bias(call),
-        stride=attrs["stride"],
-        padding=attrs["padding"],
-        dilation=attrs["dilation"],
-        groups=attrs["groups"],
-    )
-    return _finish(call, acc, x.scale * weight.scale, 1)
+    scale = quantized(call, 0).scale * quantized(call, 1).scale
+    return _finish(call, convolved(call, _int_bias(call)), scale, 1)
 
 
 def linear(call: Call) -> Tensor:
@@ -65,7 +56,7 @@ def linear(call: Call) -> Tensor:
 
     A float32 bias [O] is possible with float output only (MatMul and Add fused to MatMulIntegerToFloat).
     """
-    x, weight = _quantized(call, 0), _quantized(call, 1)
+    x, weight = quantized(call, 0), quantized(call, 1)
     bias = call.operands[2] if len(call.operands) > 2 else None
     if isinstance(bias, Tensor):
         if call.out is not None:
@@ -78,7 +69,7 @@ def linear(call: Call) -> Tensor:
 
 def matmul(call: Call) -> Tensor:
     """QLinearMatMul, MatMulIntegerToFloat: as linear; the second operand may have one scale per column."""
-    a, b = _quantized(call, 0), _quantized(call, 1)
+    a, b = quantized(call, 0), quantized(call, 1)
     return _finish(call, multiply(a, b), a.scale * b.scale, -1)
 
 
@@ -87,7 +78,7 @@ def experts(call: Call) -> Tensor:
 
     operands: x [S, K], weight [E·N, K] with scales [E·N], ends: int [E].
     """
-    x, weight, ends = _quantized(call, 0), _quantized(call, 1), call.operands[2]
+    x, weight, ends = quantized(call, 0), quantized(call, 1), call.operands[2]
     if not isinstance(ends, Tensor):
         raise TargetError("experts: where each expert's rows end must be plain integers")
     outputs = weight.q.shape[0] // ends.shape[0]
@@ -107,7 +98,7 @@ def add(call: Call) -> Tensor:
 
     The operands change places where the first one is constant along the innermost broadcast span.
     """
-    first, second, out = _quantized(call, 0), _quantized(call, 1), _out(call)
+    first, second, out = quantized(call, 0), quantized(call, 1), _out(call)
     if _is_span_scalar(first.q.shape, second.q.shape):
         first, second = second, first
     ratio_a, ratio_b = first.scale / out.scale, second.scale / out.scale
@@ -119,7 +110,7 @@ def add(call: Call) -> Tensor:
 
 def mul(call: Call) -> Tensor:
     """QLinearMul: `rne((a − z_a)·(b − z_b)·(s_a·s_b/s_y) + z_y)`, multiply and add rounded apart."""
-    a, b, out = _quantized(call, 0), _quantized(call, 1), _out(call)
+    a, b, out = quantized(call, 0), quantized(call, 1), _out(call)
     scaled = (a.centred() * b.centred()).float() * (a.scale * b.scale / out.scale)
     return _signed(scaled + _unsigned(out.zero_point), out)
 
@@ -127,7 +118,7 @@ def mul(call: Call) -> Tensor:
 def cat(call: Call) -> Tensor:
     """QLinearConcat: a copy where scale and zero point are the output's, else dequantize and quantize."""
     out = _out(call)
-    parts = [_requantized(_quantized(call, i), out) for i in range(len(call.operands))]
+    parts = [_requantized(quantized(call, i), out) for i in range(len(call.operands))]
     return torch.cat(parts, call.attrs["dim"])
 
 
@@ -136,7 +127,7 @@ def where(call: Call) -> Tensor:
     condition, out = call.operands[0], _out(call)
     if not isinstance(condition, Tensor):
         raise TargetError("where: the condition must be a bool tensor, not a quantized one")
-    first, second = (_requantized(_quantized(call, slot), out) for slot in (1, 2))
+    first, second = (_requantized(quantized(call, slot), out) for slot in (1, 2))
     return torch.where(condition.bool(), first, second)
 
 
@@ -145,7 +136,7 @@ def global_avg_pool(call: Call) -> Tensor:
 
     x: [B, C, *space]; the mean is over *space, whose dimensions are kept with size 1.
     """
-    x, out = _quantized(call, 0), _out(call)
+    x, out = quantized(call, 0), _out(call)
     dims = list(range(2, x.q.ndim))
     total = x.centred().sum(dim=dims, keepdim=True, dtype=torch.int64).to(torch.int32)
     count = math.prod(x.q.shape[2:])
@@ -158,7 +149,7 @@ def avg_pool(call: Call) -> Tensor:
     Raises TargetError for padded windows that overhang in ceil_mode and count the padding (ONNX Runtime
     divides them by the whole kernel, which is wrong by tens of steps), and for a divisor of one's own.
     """
-    x, out, attrs = _quantized(call, 0), _out(call), call.attrs
+    x, out, attrs = quantized(call, 0), _out(call), call.attrs
     if attrs.get("divisor_override"):
         raise TargetError(
             "avg_pool: ONNX Runtime has no divisor_override: use a plain pool and scale its result"
@@ -193,7 +184,7 @@ def avg_pool(call: Call) -> Tensor:
 
 def max_pool(call: Call) -> Tensor:
     """MaxPool on the integers (its q/dq pairs are dropped where they are equal); order is preserved."""
-    x, attrs = _quantized(call, 0), call.attrs
+    x, attrs = quantized(call, 0), call.attrs
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[x.q.ndim - 3]
     pooled = pool(
         x.q.float(),
@@ -215,7 +206,7 @@ def softmax(call: Call) -> Tensor:
     Raises TargetError where `e·floor(1/s_y)` overflows and ONNX Runtime returns the zero point instead: on an
     axis of size 1, or with an output scale so small that it can't hold the maximum.
     """
-    x, out, dim = _quantized(call, 0), _out(call), call.attrs["dim"]
+    x, out, dim = quantized(call, 0), _out(call), call.attrs["dim"]
     levels = x.q.movedim(dim, -1)
     length = levels.shape[-1]
     step = float(x.scale)
@@ -240,14 +231,14 @@ def sigmoid(call: Call) -> Tensor:
 
 def leaky_relu(call: Call) -> Tensor:
     """QLinearLeakyRelu: a table of 256 entries: dequantize, `x ≥ 0 ? x : slope·x`, quantize."""
-    x = _quantized(call, 0).dequantize()
+    x = quantized(call, 0).dequantize()
     slope = torch.tensor(call.attrs["negative_slope"], dtype=torch.float32)
     return quantize(torch.where(x >= 0, x, x * slope), _out(call))
 
 
 def relu(call: Call) -> Tensor:
     """Dequantize, relu, quantize. (Where the output's zero point is its lowest integer, relu is dropped.)"""
-    return quantize(_quantized(call, 0).dequantize().relu(), _out(call))
+    return quantize(quantized(call, 0).dequantize().relu(), _out(call))
 
 
 KERNELS: dict[str, Callable[[Call], Tensor]] = {
@@ -270,15 +261,6 @@ KERNELS: dict[str, Callable[[Call], Tensor]] = {
 """Operators that ONNX Runtime computes on integers. Everything else runs in float32: FLOAT_OPS."""
 
 
-def _quantized(call: Call, slot: int) -> QTensor:
-    operand = call.operands[slot]
-    if not isinstance(operand, QTensor):
-        raise TargetError(
-            f"{call.kind}: operand {slot} is not quantized: quantize it or keep this operator in float"
-        )
-    return operand
-
-
 def _out(call: Call) -> QSpec:
     if call.out is None:
         raise TargetError(
@@ -288,7 +270,7 @@ def _out(call: Call) -> QSpec:
 
 
 def _int_bias(call: Call) -> QTensor | None:
-    return _quantized(call, 2) if len(call.operands) > 2 and call.operands[2] is not None else None
+    return quantized(call, 2) if len(call.operands) > 2 and call.operands[2] is not None else None
 
 
 def _finish(call: Call, acc: Tensor, scale: Tensor, axis: int) -> Tensor:
@@ -314,7 +296,7 @@ def _requantized(x: QTensor, out: QSpec) -> Tensor:
 
 
 def _float_inside(call: Call, kind: str) -> Tensor:
-    return quantize(FLOAT_OPS[kind](call.attrs, _quantized(call, 0).dequantize()), _out(call))
+    return quantize(FLOAT_OPS[kind](call.attrs, quantized(call, 0).dequantize()), _out(call))
 
 
 def _is_span_scalar(first: torch.Size, second: torch.Size) -> bool:

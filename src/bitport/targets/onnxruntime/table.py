@@ -24,9 +24,10 @@ from ...rules import (
     Ruleset,
     Shared,
     Weight,
-    constant_parameters,
     constant_weight,
+    plain_sum,
     positive_factor,
+    zero_padded_contraction,
     zero_padding,
 )
 from .._base import has_integer_dot_product
@@ -63,12 +64,10 @@ REASONS = {
 
 
 def _contraction(graph: Graph, node: fx.Node, op: Op) -> str | None:
-    objection = constant_parameters(graph, node, op)
     weight = op.operands[1]
+    objection = zero_padded_contraction(graph, node, op)
     if objection is not None or weight is None or weight.tensor is None:
         return objection
-    if op.kind == "conv" and op.attrs.get("padding_mode", "zeros") != "zeros":
-        return f"{op.attrs['padding_mode']} padding has no integer kernel"
     return _overflow(graph, weight.tensor)
 
 
@@ -84,14 +83,6 @@ def _overflow(graph: Graph, weight: str) -> str | None:
     if terms * LARGEST_ACTIVATION * LARGEST_WEIGHT > INT32_LIMIT:
         return f"sums of {terms} products could overflow the 32-bit accumulator"
     return None
-
-
-def _plain_add(graph: Graph, node: fx.Node, op: Op) -> str | None:
-    return (
-        None
-        if op.attrs.get("alpha", 1) == 1
-        else f"add with alpha = {op.attrs['alpha']} has no integer kernel"
-    )
 
 
 def _in_blocks(level: int) -> FormatCondition:
@@ -146,7 +137,7 @@ def ruleset(*, integer_io: bool = False, level: int = ROUNDS_ACTIVATIONS) -> Rul
         ),
         OpRule(("embedding",), (None, Weight(0)), None, DECODED, "compute", mode="weights", when=constant_weight),
         OpRule(("matmul",), (Free(),), Free(), "QLinearMatMul", "compute", float_output=True),
-        OpRule(("add",), (Free(),), Free(), "QLinearAdd", "elementwise", clamps=True, when=_plain_add),
+        OpRule(("add",), (Free(),), Free(), "QLinearAdd", "elementwise", clamps=True, when=plain_sum),
         OpRule(("mul",), (Free(),), Free(), "QLinearMul", "elementwise", clamps=True),
         OpRule(("global_avg_pool",), (Free(),), Free(), "QLinearGlobalAveragePool", "elementwise"),
         OpRule(("leaky_relu",), (Free(),), Free(), "QLinearLeakyRelu", "elementwise"),

@@ -13,8 +13,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ...errors import TargetError
-from ...numerics.arithmetic import Call, QSpec, QTensor, along, convolve, multiply, project, rne
+from ...numerics.arithmetic import Call, QSpec, QTensor, along, convolved, multiply, project, quantized, rne
 
 SHIFT = 128
 LEVELS = 255
@@ -30,42 +29,24 @@ def quantize(values: Tensor, out: QSpec) -> Tensor:
 
 
 def conv(call: Call) -> Tensor:
-    """`rne((acc·(s_x·s_w) + b)/s_y + z)`; a depthwise one as `linear`."""
-    x, weight = _quantized(call, 0), _quantized(call, 1)
-    attrs = call.attrs
-    acc = convolve(
-        x,
-        weight,
-        stride=attrs["stride"],
-        padding=attrs["padding"],
-        dilation=attrs["dilation"],
-        groups=attrs["groups"],
-    )
-    return _finish(call, acc, x.scale * weight.scale, 1)
+    """`FakeQuantize(acc·(s_x·s_w) + b)`, the bias in float32."""
+    scale = quantized(call, 0).scale * quantized(call, 1).scale
+    return _finish(call, convolved(call), scale, 1)
 
 
 def linear(call: Call) -> Tensor:
-    """`FakeQuantize(acc·(s_x·s_w) + b)`, the bias in float32."""
-    x, weight = _quantized(call, 0), _quantized(call, 1)
+    """As conv."""
+    x, weight = quantized(call, 0), quantized(call, 1)
     return _finish(call, project(x, weight), x.scale * weight.scale, -1)
 
 
 def matmul(call: Call) -> Tensor:
-    """As linear; the second operand may have one scale per column."""
-    a, b = _quantized(call, 0), _quantized(call, 1)
+    """As conv, without a bias; the second operand may have one scale per column."""
+    a, b = quantized(call, 0), quantized(call, 1)
     return _finish(call, multiply(a, b), a.scale * b.scale, -1)
 
 
 KERNELS: dict[str, Callable[[Call], Tensor]] = {"conv": conv, "linear": linear, "matmul": matmul}
-
-
-def _quantized(call: Call, slot: int) -> QTensor:
-    operand = call.operands[slot]
-    if not isinstance(operand, QTensor):
-        raise TargetError(
-            f"{call.kind}: operand {slot} is not quantized: quantize it or keep this operator in float"
-        )
-    return operand
 
 
 def _finish(call: Call, acc: Tensor, scale: Tensor, axis: int) -> Tensor:

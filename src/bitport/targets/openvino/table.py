@@ -18,9 +18,10 @@ from ...rules import (
     Ruleset,
     Shared,
     Weight,
-    constant_parameters,
     constant_weight,
+    plain_sum,
     positive_factor,
+    zero_padded_contraction,
     zero_padding,
 )
 from .._base import has_integer_dot_product
@@ -51,21 +52,14 @@ REASONS = {
 
 
 def _contraction(graph: Graph, node: fx.Node, op: Op) -> str | None:
-    objection = constant_parameters(graph, node, op)
     weight = op.operands[1]
+    objection = zero_padded_contraction(graph, node, op)
     if objection is not None or op.kind != "conv" or weight is None or weight.tensor is None:
         return objection
-    if op.attrs.get("padding_mode", "zeros") != "zeros":
-        return f"{op.attrs['padding_mode']} padding has no integer kernel"
     shape = graph.tensor(weight.tensor).shape
     if op.attrs["groups"] > 1 and shape[1] > 1 and shape[-1] >= WRONG_FROM:
         return f"OpenVINO 2026.4 computes grouped convolutions of kernels {WRONG_FROM} and longer wrongly in 8 bits"
     return None
-
-
-def _plain_add(graph: Graph, node: fx.Node, op: Op) -> str | None:
-    alpha = op.attrs.get("alpha", 1)
-    return None if alpha == 1 else f"add with alpha = {alpha} has no integer kernel"
 
 
 def _stored(graph: Graph, node: fx.Node, op: Op, fmt: Format) -> str | None:
@@ -84,7 +78,7 @@ def ruleset() -> Ruleset:
         ),
         OpRule(
             ("add",), (Free(),), Free(), "Eltwise", "elementwise",
-            clamps=True, when=_plain_add, fuses=frozenset({"conv"}),
+            clamps=True, when=plain_sum, fuses=frozenset({"conv"}),
         ),
         OpRule(("mul",), (Free(),), Free(), "Eltwise", "elementwise", clamps=True),
         OpRule(("global_avg_pool",), (Free(),), Free(), "Reduce", "elementwise"),

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from ...numerics.packing import unpack
+from ...numerics.packing import pack, unpack
 from ...plan.lower import Lowered
 from ...plan.ops import DEQUANTIZE, UNPACK, code_type
 from .._onnx import AGAIN
@@ -159,7 +159,7 @@ def narrow(model: ir.Model, wanted: Narrow) -> None:
             del model.graph.initializers[str(value.name)]
     for value in made.values():
         if value.name in model.graph.initializers:  # others read it as it was
-            value.name = f"{value.name}/uint4"
+            value.name = f"{value.name}/narrow"
         model.graph.register_initializer(value)
 
 
@@ -193,8 +193,7 @@ def _uint4(value: ir.Value, offset: int) -> ir.Value:
 
     array = _array(value).astype(np.int16) + offset
     shape = onnx_ir.Shape([int(size) for size in array.shape])
-    half = np.append(array.reshape(-1), [0] * (array.size % 2)).astype(np.uint8)
-    packed = half[::2] | half[1::2] << HALF
+    packed = pack(torch.from_numpy(array), HALF).numpy()
     made = onnx_ir.Value(name=value.name, shape=shape, type=onnx_ir.TensorType(onnx_ir.DataType.UINT4))
     made.const_value = onnx_ir.PackedTensor(packed, onnx_ir.DataType.UINT4, shape=shape, name=value.name)
     return made
