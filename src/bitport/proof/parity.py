@@ -71,7 +71,7 @@ class Parity:
     def __init__(self, reference: Graph, plan: Plan, simulator: Simulator, session: Session) -> None:
         self.reference, self.plan, self.simulator, self.session = reference, plan, simulator, session
         self.layers: dict[str, LayerError] = {}
-        self.outputs = ErrorStats()
+        self.outputs, self.watching = ErrorStats(), ErrorStats()
         self.float_max_error = 0.0
         self.samples = 0
         # operators that take and return floats: only their weights, or also what they read, are rounded
@@ -80,12 +80,17 @@ class Parity:
         self.layer_of = {name: name for name in self.on_floats - plan.low_rank.keys()}
         self.layer_of |= {names_beside(layer).sum: layer for layer in plan.low_rank}
 
-    def update(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def update(self, inputs: Sequence[Tensor], unwatched: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
         """Compare one batch. Returns the simulator's own (end to end) outputs.
+
+        unwatched: what the runtime gives where nothing is tapped; a tap may keep it from fusing what it fuses else.
 
         Raises TargetError when the runtime doesn't show a tensor that the plan quantizes.
         """
         outputs, taps = self.session.run_tapped(inputs)
+        for plain, watched in zip(unwatched, outputs, strict=False):
+            if plain.is_floating_point():
+                self.watching.update(plain, watched)
         reals: dict[str, Tensor] = {}
         wanted = set(taps) | self.on_floats
 
@@ -165,6 +170,7 @@ class Parity:
         return {
             **exact,
             "outputs_db": finite(self.outputs.sqnr_db),
+            "watched_db": finite(self.watching.sqnr_db),
             "edges": edges,
             "tensors": len(self.layers),
             "samples": self.samples,
