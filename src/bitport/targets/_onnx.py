@@ -176,7 +176,7 @@ def _grouped_product(x: Any, matrices: Any, ends: Any, bias: Any = None, out_dty
 def _expert_linear(x: Any, weight: Any, ends: Any) -> Any:
     """Each expert's rows meet its own part of the weight, [E·N, K]; a dequantize follows its slice.
 
-    ONNX Runtime fuses a product with dequantizes right in front of it, so they move behind what picks the operands.
+    A product is fused with dequantizes right in front of it, so they move behind what picks the operands.
     """
     from onnxscript import INT64
     from onnxscript import opset20 as op
