@@ -29,7 +29,8 @@ from .page import render
 from .plan.retarget import retargeted
 from .progress import NullProgress, Progress
 from .proof import cost, device, doubts, preflight
-from .proof.measure import Subject, measure
+from .proof.measure import Subject, measure, one_sample
+from .proof.pace import Pace
 from .proof.task import rehearse_on
 from .recipe import Recipe
 from .records import Measurement
@@ -198,6 +199,7 @@ def compress(
             seed=seed,
             progress=progress,
             notes=list(graph.notes),
+            pace=Pace(runtime, graph, one_sample(graph, first.inputs)) if runtime.executes_integers else None,
         )
         with cost.peak_memory() as peak:
             state, resumed = run_steps(graph, explicit, runtime, context, checkpoint)

@@ -19,8 +19,8 @@ from ..errors import DataError
 from ..graph import Graph
 from ..plan import Plan
 from ..progress import Progress
-from ..proof import cost
-from ..proof.blame import count, halves, relative_error, take
+from ..proof import cost, pace
+from ..proof.blame import halves, relative_error, take
 from ..proof.measure import one_sample
 from ..recipe import Recipe
 from ..records import absent, dumps
@@ -135,16 +135,7 @@ class Bench:
         found = cost.sizes(before.folder, after.folder)
         row["bytes"], row["of_bytes"] = found["compressed_bytes"] - found["float_bytes"], found["float_bytes"]
         inputs = one_sample(self.original, self.choosing[0])
-        sessions = [self.target.open(trial.folder) for trial in (before, after)]
-        feeds = [session.prepared(inputs) for session in sessions]
-        timed = cost.latency(
-            lambda: sessions[0].run_prepared(feeds[0]),
-            lambda: sessions[1].run_prepared(feeds[1]),
-            threads=int(self.target.options.get("threads", 1)),
-            batch=count(inputs),
-            seconds=SECONDS,
-            rounds=ROUNDS,
-        )
+        timed = pace.between(self.target, before.folder, after.folder, inputs, seconds=SECONDS, rounds=ROUNDS)
         row["ms"], row["of_ms"] = timed["compressed_ms"] - timed["float_ms"], timed["float_ms"]
         return bool(timed["ci95"][1] < NOT_SLOWER)
 

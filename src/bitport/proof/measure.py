@@ -27,7 +27,7 @@ from ..plan.rescaled import counterpart
 from ..progress import Progress
 from ..simulate import Simulator
 from ..targets._base import Inspection, Target, host
-from . import blame, cost
+from . import blame, cost, pace
 from .distributions import distributions
 from .integer import integer_record, layer_bytes, storage_record
 from .network import network_record
@@ -345,15 +345,7 @@ def one_sample(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _latency(subject: Subject, evaluation: Source, progress: Progress) -> dict[str, Any]:
     inputs = one_sample(subject.graph, next(iter(evaluation)).inputs)
-    sessions = [subject.target.open(folder) for folder in (subject.folder / REFERENCE, subject.folder)]
-    feeds = [session.prepared(inputs) for session in sessions]
-    return cost.latency(
-        lambda: sessions[0].run_prepared(feeds[0]),
-        lambda: sessions[1].run_prepared(feeds[1]),
-        threads=subject.target.options.get("threads", 1),
-        batch=len(inputs[0]) if inputs[0].dim() else 1,
-        progress=progress,
-    )
+    return pace.between(subject.target, subject.folder / REFERENCE, subject.folder, inputs, progress=progress)
 
 
 _SETUP = """

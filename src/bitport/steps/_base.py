@@ -67,6 +67,8 @@ class Context:
         notes: sentences for the report; steps append.
         memo: where a step keeps what it has finished of its layers.
         tried: what a step tried, `{what, outcome, reason}`: what was kept, what was left out, and why; steps append.
+        pace: (graph, plan) → `proof.cost.latency` of the original's file and that one's on the runtime; None where
+            there is no runtime to measure.
         ahead: the steps that will run behind this one, `(name, options)`, so that a choice can be judged by what they
             will make of it.
     """
@@ -84,6 +86,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     tried: list[dict[str, str]] = field(default_factory=list)
     memo: Memo = field(default_factory=NoMemo)
+    pace: Callable[[Graph, Plan], Mapping[str, Any]] | None = None
     ahead: Sequence[tuple[str, Mapping[str, Any]]] = ()
     _folded: Graph | None = field(default=None, repr=False)
 
