@@ -75,7 +75,7 @@ def load_model(
     fixed = {name: _known(name, examples) for name in deciding}
     module = network(model, fixed)
     inputs = {identifier(port.name): examples[port.name] for port in model.inputs if port.name not in fixed}
-    graph = pytorch.load_module(module, inputs, dynamic_shapes, device, nonfinite)
+    graph = pytorch.load_module(module, inputs, dynamic_shapes, device, nonfinite, owned=True)
     graph.notes += model.notes
     graph.notes += [
         f"input {name!r} is fixed at {value.tolist()}: it decides shapes" for name, value in fixed.items()
