@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from ...errors import LoadError, NotEnoughMemory, first_line
-from . import _external, _functions
+from . import _branches, _external, _functions
 from ._calls import Array
 
 OLDEST, NEWEST = 7, 28  # opsets that are read as they are; older ones are converted
 CONVERTED = 13
+LONGEST = 1000  # of a name
 LARGEST = 2**31 - 1  # bytes that protobuf takes
 DOMAINS = ("", "ai.onnx")
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -84,6 +85,7 @@ def read(path: Path) -> Model:
 
 def from_proto(proto: Any, name: str = "the model", folder: Path | None = None) -> Model:
     """The same of a `ModelProto`. folder: of its external data; None: its data is all in it."""
+    _check_text(proto, name)
     notes = []
     opset = next((item.version for item in proto.opset_import if item.domain in DOMAINS), 0)
     if opset < 1:
@@ -108,6 +110,10 @@ def from_proto(proto: Any, name: str = "the model", folder: Path | None = None) 
         raise LoadError(f"{name}: two of its weights have one name")
     if proto.functions:
         graph = _functions.inlined(proto, name).graph
+    graph = _branches.taken(graph, constants)
+    constants |= {
+        tensor.name: _array(tensor, folder) for tensor in graph.initializer if tensor.name not in constants
+    }
     inputs = [_port(item, name) for item in graph.input if item.name not in constants]
     if len({port.name for port in inputs}) < len(inputs):
         raise LoadError(f"{name}: two inputs have one name")
@@ -116,6 +122,26 @@ def from_proto(proto: Any, name: str = "the model", folder: Path | None = None) 
     model = Model(inputs, [item.name for item in graph.output], nodes, constants, opset, notes)
     _check_order(model, name)
     return model
+
+
+def _check_text(message: Any, name: str) -> None:
+    """Names that are no text come out of protobuf as bytes, of which nothing here would know."""
+    if message.DESCRIPTOR.name == "TensorProto":  # its numbers may be large
+        values = [
+            message.name,
+            *(word for entry in message.external_data for word in (entry.key, entry.value)),
+        ]
+    else:
+        values = []
+        for field, value in message.ListFields():
+            if field.type == field.TYPE_MESSAGE:
+                for inner in value if hasattr(value, "append") else [value]:
+                    _check_text(inner, name)
+            elif field.type == field.TYPE_STRING:
+                values += [value] if isinstance(value, str | bytes) else value
+    for value in values:
+        if not isinstance(value, str):
+            raise LoadError(f"{name} holds a name that is no text ({value[:50]!r}): the file is damaged")
 
 
 def _converted(proto: Any, name: str, opset: int, size: int, folder: Path | None) -> Any:
@@ -134,8 +160,13 @@ def _converted(proto: Any, name: str, opset: int, size: int, folder: Path | None
             tensor.raw_data = _external.data_of(tensor, folder)
             tensor.data_location = tensor.DEFAULT
             del tensor.external_data[:]
+    open_ports = [item for item in whole.graph.output if not item.type.tensor_type.HasField("shape")]
+    for item in open_ports:
+        item.type.tensor_type.shape.SetInParent()  # the checker alone asks for one
     try:
         onnx.checker.check_model(whole)  # the converter takes for granted that it is one
+        for item in open_ports:
+            item.type.tensor_type.ClearField("shape")
         return onnx.version_converter.convert_version(whole, CONVERTED)
     except (
         RuntimeError,
@@ -225,6 +256,14 @@ def _scope(item: Any) -> str | None:
 def _check_order(model: Model, name: str) -> None:
     """Every node reads what is there before it, so that there are no circles; every name is given once."""
     known = {port.name for port in model.inputs} | set(model.constants) | {""}
+    longest = max(
+        [*known, *(item for node in model.nodes for item in (node.name, *node.inputs, *node.outputs))],
+        key=len,
+    )
+    if len(longest) > LONGEST:
+        raise LoadError(
+            f"{name}: {longest[:50]!r}… is a name of {len(longest)} characters: the file is damaged"
+        )
     for node in model.nodes:
         missing = [item for item in node.inputs if item not in known]
         if missing:
@@ -246,6 +285,10 @@ def _array(tensor: Any, folder: Path | None) -> Array:
     from onnx import helper, numpy_helper
 
     count, size = math.prod(tensor.dims), _external.BYTES.get(tensor.data_type)
+    if tensor.data_type == tensor.STRING:
+        raise LoadError(
+            f"tensor {tensor.name!r} is text, which can't be imported: only numbers are tensors here"
+        )
     if any(length < 0 for length in tensor.dims):
         raise LoadError(f"tensor {tensor.name!r} has an axis of negative length: the file is damaged")
     if size is not None and tensor.HasField("raw_data") and len(tensor.raw_data) != count * size:
