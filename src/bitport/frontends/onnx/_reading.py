@@ -257,7 +257,11 @@ def _check_order(model: Model, name: str) -> None:
     """Every node reads what is there before it, so that there are no circles; every name is given once."""
     known = {port.name for port in model.inputs} | set(model.constants) | {""}
     longest = max(
-        [*known, *(item for node in model.nodes for item in (node.name, *node.inputs, *node.outputs))],
+        [
+            *known,
+            *model.outputs,
+            *(item for node in model.nodes for item in (node.name, *node.inputs, *node.outputs)),
+        ],
         key=len,
     )
     if len(longest) > LONGEST:
