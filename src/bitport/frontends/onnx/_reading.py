@@ -23,6 +23,7 @@ from ._calls import Array
 OLDEST, NEWEST = 7, 28  # opsets that are read as they are; older ones are converted
 CONVERTED = 13
 LONGEST = 1000  # of a name
+FREE = ("doc_string", "value")  # texts that are no names, of any length
 LARGEST = 2**31 - 1  # bytes that protobuf takes
 DOMAINS = ("", "ai.onnx")
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -137,11 +138,15 @@ def _check_text(message: Any, name: str) -> None:
             if field.type == field.TYPE_MESSAGE:
                 for inner in value if hasattr(value, "append") else [value]:
                     _check_text(inner, name)
-            elif field.type == field.TYPE_STRING:
+            elif field.type == field.TYPE_STRING and field.name not in FREE:
                 values += [value] if isinstance(value, str | bytes) else value
     for value in values:
         if not isinstance(value, str):
             raise LoadError(f"{name} holds a name that is no text ({value[:50]!r}): the file is damaged")
+        if len(value) > LONGEST:
+            raise LoadError(
+                f"{name}: {value[:50]!r}… is a name of {len(value)} characters: the file is damaged"
+            )
 
 
 def _converted(proto: Any, name: str, opset: int, size: int, folder: Path | None) -> Any:
@@ -256,18 +261,6 @@ def _scope(item: Any) -> str | None:
 def _check_order(model: Model, name: str) -> None:
     """Every node reads what is there before it, so that there are no circles; every name is given once."""
     known = {port.name for port in model.inputs} | set(model.constants) | {""}
-    longest = max(
-        [
-            *known,
-            *model.outputs,
-            *(item for node in model.nodes for item in (node.name, *node.inputs, *node.outputs)),
-        ],
-        key=len,
-    )
-    if len(longest) > LONGEST:
-        raise LoadError(
-            f"{name}: {longest[:50]!r}… is a name of {len(longest)} characters: the file is damaged"
-        )
     for node in model.nodes:
         missing = [item for item in node.inputs if item not in known]
         if missing:
