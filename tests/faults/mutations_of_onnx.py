@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .mutations import Mutation
 
-_FILE = "frontends/onnx/_reading.py"
+_FILE = "frontends/onnx/_external.py"
+_READER = "frontends/onnx/_reading.py"
 _READING = "tests/frontends/onnx/test_reading.py::"
 
 MUTATIONS = (
@@ -18,8 +19,8 @@ MUTATIONS = (
     Mutation(
         "no link to external data is followed",
         _FILE,
-        'getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)',
-        "0",
+        'getattr(os, "O_NOFOLLOW", 0) |',
+        "0 |",
         _READING + "test_links_and_what_is_no_file_are_refused",
     ),
     Mutation(
@@ -45,14 +46,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a tensor has as many bytes as its shape takes",
-        _FILE,
+        _READER,
         'tensor.HasField("raw_data") and len(tensor.raw_data) != count * size:',
         "False:",
         _READING + "test_damage_is_told_by_the_tensor",
     ),
     Mutation(
         "a node reads only what is there before it",
-        _FILE,
+        _READER,
         "        if missing:\n",
         "        if False:\n",
         _READING + "test_graphs_that_are_none",

@@ -29,6 +29,8 @@ def load_module(
     dynamic_shapes: Any = "batch",
     device: str = "cpu",
     nonfinite: str = "refuse",
+    *,
+    owned: bool = False,
 ) -> Graph:
     """Captures a module in eval mode and raises it. The module is not modified.
 
@@ -38,6 +40,7 @@ def load_module(
         structure
             as `torch.export.export` takes it.
         nonfinite: "refuse" or "zero", as `graph.weights.settled` takes it.
+        owned: nobody else holds the module: it becomes part of the graph, instead of a copy as large.
 
     Raises:
         LoadError: the model can't be captured; names the user's line for data-dependent control flow.
@@ -46,14 +49,14 @@ def load_module(
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise LoadError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the eager model")
-    if nonfinite == "refuse":
+    if nonfinite == "refuse" and not owned:
         check_weights(model)  # before it is copied
     if isinstance(model, RaisedModule) and META in model.meta:
         again = _again(model, device, nonfinite)
         again.examples = spans(pytree.tree_leaves(example_inputs), [item.name for item in again.inputs])
         return again
     args, kwargs = _example(example_inputs, device)
-    copied = _copy(model).to(device).eval()
+    copied = (model if owned else _copy(model)).to(device).eval()
     zeroed = settled(copied, nonfinite)
     capture = _Capture(copied, args, kwargs)
     capture.notes += zeroed

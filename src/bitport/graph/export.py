@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,6 +32,13 @@ def _only_told(mask: torch.Tensor | None, is_causal: bool | None = None, size: i
     return is_causal is True
 
 
+_FAKE = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def _silent(record: logging.LogRecord) -> bool:
+    return False
+
+
 @contextmanager
 def quiet_export() -> Iterator[None]:
     """What every capture needs: no fast path, no check of torch's own that reads values, the caller's random
@@ -40,6 +48,7 @@ def quiet_export() -> Iterator[None]:
     detect = transformer._detect_is_causal_mask
     validate = torch.distributions.Distribution._validate_args
     torch.backends.mha.set_fastpath_enabled(False)
+    _FAKE.addFilter(_silent)  # it prints the traceback of what is raised anyway
     # both read values: whether a given mask is the causal one (a hint that changes no result), and whether the
     # parameters of a distribution are in their range
     transformer._detect_is_causal_mask = _only_told
@@ -49,6 +58,7 @@ def quiet_export() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        _FAKE.removeFilter(_silent)
         torch.backends.mha.set_fastpath_enabled(fast)
         transformer._detect_is_causal_mask = detect
         torch.distributions.Distribution.set_default_validate_args(validate)

@@ -179,6 +179,101 @@ def test_what_goes_wrong_in_a_node_is_told_with_its_name() -> None:
         load_proto(conv(), torch.rand(2, 5, 8, 8))
 
 
+def function(name: str, calls: list[str]) -> onnx.FunctionProto:
+    """Operators of a file's own domain one after another."""
+    names = ["a", *(f"h{index}" for index in range(len(calls) - 1)), "b"]
+    nodes = [
+        helper.make_node(kind, [names[i]], [names[i + 1]], domain="mine" if kind[0] == "F" else "")
+        for i, kind in enumerate(calls)
+    ]
+    return helper.make_function(
+        "mine", name, ["a"], ["b"], nodes, [helper.make_opsetid("", 21), helper.make_opsetid("mine", 1)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("functions", "said"),
+    [
+        ({"F0": ["F0"]}, "functions may not call themselves"),
+        ({"F0": ["F1"], "F1": ["F0"]}, "functions may not call themselves"),
+        ({f"F{i}": [f"F{i + 1}"] * 2 if i < 40 else ["Relu"] for i in range(41)}, "make more than"),
+        ({f"F{i}": [f"F{i + 1}"] if i < 20000 else ["Relu"] for i in range(20001)}, "100 calls deep"),
+    ],
+)
+def test_functions_without_end_are_refused(functions: dict[str, list[str]], said: str) -> None:
+    proto = model([helper.make_node("F0", ["x"], ["y"], domain="mine")])
+    proto.functions.extend(function(name, calls) for name, calls in functions.items())
+    proto.opset_import.append(helper.make_opsetid("mine", 1))
+    with pytest.raises(LoadError, match=said):
+        load_proto(proto)
+
+
+def test_external_data_in_a_function_is_held_to_the_same(tmp_path: Path) -> None:
+    weight = onnx.numpy_helper.from_array(WEIGHT, "secret")
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="../w.bin")
+    (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes())
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    body = function("F0", ["Relu"])
+    body.node.append(helper.make_node("Constant", [], ["c"], value=weight))
+    proto = model([helper.make_node("F0", ["x"], ["y"], domain="mine")])
+    proto.functions.append(body)
+    proto.opset_import.append(helper.make_opsetid("mine", 1))
+    (inside / "net.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(UnsafeFile, match="only files in the model's folder"):
+        bitport.load(inside / "net.onnx")
+    with pytest.raises(LoadError, match="load the model by its path"):
+        load_proto(proto)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "constants", "said"),
+    [
+        ([("ConstantOfShape", ["s"], ["y"])], {"s": np.array([2**40])}, r"node 'n0' .*constant of 1099511627776"),
+        ([("Range", ["a", "b", "c"], ["y"])], {"a": np.int64(0), "b": np.int64(2**40), "c": np.int64(1)}, "constant"),
+        ([("Range", ["a", "b", "a"], ["y"])], {"a": np.int64(0), "b": np.int64(2**40)}, "step is 0"),
+        ([("Relu", ["x"], ["h" * 5000]), ("Relu", ["h" * 5000], ["y"])], {}, "a name of 5000 characters"),
+        ([("Add", ["x", "t"], ["y"])], {"t": np.array(["a"])}, "'t' is text"),
+    ],
+)  # fmt: skip
+def test_what_no_honest_file_holds(nodes: Any, constants: dict[str, Any], said: str) -> None:
+    made = [helper.make_node(kind, a, b, name=f"n{i}") for i, (kind, a, b) in enumerate(nodes)]
+    with pytest.raises(LoadError, match=said):
+        load_proto(model(made, constants))
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_a_branch_that_a_constant_decides_is_taken(condition: bool) -> None:
+    ends = [helper.make_tensor_value_info("z", 1, None)]
+    branches = {
+        f"{name}_branch": helper.make_graph([helper.make_node(kind, ["x"], ["z"])], "branch", [], ends)
+        for name, kind in (("then", "Relu"), ("else", "Neg"))
+    }
+    proto = model(
+        [helper.make_node("If", ["c"], ["y"], name="choice", **branches)], {"c": np.array(condition)}
+    )
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(load_proto(proto, x).run(x)[0], torch.relu(x) if condition else -x)
+    del proto.graph.initializer[:]
+    proto.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
+    with pytest.raises(LoadError, match=r"node 'choice' is If \(opset 21\).*export the network with"):
+        load_proto(proto, {"x": x, "c": torch.tensor(True)})
+
+
+def test_external_data_that_overlaps_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes() * 2)
+    path = external(tmp_path / "net.onnx", "w.bin", offset=0)
+    proto = onnx.ModelProto.FromString(path.read_bytes())
+    other = proto.graph.initializer.add()
+    other.CopyFrom(proto.graph.initializer[0])
+    other.name, other.external_data[1].value = "v", "8"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(LoadError, match="the external data of tensors 'w' and 'v' overlap"):
+        bitport.load(path)
+
+
 def test_damaged_files_never_crash(tmp_path: Path) -> None:
     """Bytes changed, dropped and doubled at random: an error of bitport, or a network."""
     whole = model(

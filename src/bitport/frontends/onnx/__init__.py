@@ -14,14 +14,14 @@ from torch import Tensor
 from ...errors import LoadError
 from ...graph import Graph
 from .. import pytorch
-from ._calls import OPERATORS, SMALL_FLOATS, Array
+from ._calls import LARGEST, OPERATORS, SMALL_FLOATS, Array
 from ._module import identifier, network
 from ._reading import Model, Port, from_proto, read
 from ._rounding import without_rounding
 from .elementwise import DTYPES
 
 BATCH = 2  # of an example that is made up
-LARGEST = 2**28  # numbers in it
+MOST_AXES = 64  # that torch has
 # inputs that must be known, by operator: what an example gives for them is kept
 DECIDING: dict[str, tuple[int, ...]] = {
     "Reshape": (1,), "Expand": (1,), "Slice": (1, 2, 3, 4), "Tile": (1,), "Pad": (1, 2, 3), "Unsqueeze": (1,),
@@ -75,7 +75,7 @@ def load_model(
     fixed = {name: _known(name, examples) for name in deciding}
     module = network(model, fixed)
     inputs = {identifier(port.name): examples[port.name] for port in model.inputs if port.name not in fixed}
-    graph = pytorch.load_module(module, inputs, dynamic_shapes, device, nonfinite)
+    graph = pytorch.load_module(module, inputs, dynamic_shapes, device, nonfinite, owned=True)
     graph.notes += model.notes
     graph.notes += [
         f"input {name!r} is fixed at {value.tolist()}: it decides shapes" for name, value in fixed.items()
@@ -136,6 +136,8 @@ def _made_up(port: Port) -> Tensor:
         raise LoadError(f"input {port.name!r} has data type {port.kind}, of which there are no tensors here")
     if port.shape is None:
         raise LoadError(f"the file doesn't say the shape of {port.name!r}: give example_inputs")
+    if len(port.shape) > MOST_AXES:
+        raise LoadError(f"input {port.name!r} has {len(port.shape)} axes: the file is damaged")
     shape: list[int] = []
     for axis, length in enumerate(port.shape):
         if isinstance(length, int) and length > 0:

@@ -20,6 +20,7 @@ from ...errors import LoadError
 Array = npt.NDArray[Any]
 Value = Any
 Implementation = Callable[..., Any]
+LARGEST = 2**28  # numbers in what a file makes up
 
 
 class Unsupported(LoadError):
@@ -71,6 +72,11 @@ class Call:
     def refuse(self, why: str) -> NoReturn:
         """Raise Unsupported, naming node, operator and opset."""
         raise Unsupported(f"node {self.name!r} ({self.kind}, opset {self.opset}) can't be imported: {why}")
+
+    def hold(self, count: int) -> None:
+        """Refuse a constant of so many numbers that only a damaged file can mean it."""
+        if count > LARGEST:
+            self.refuse(f"it makes a constant of {count} numbers")
 
     def ints(self, value: Value, what: str) -> list[Any]:
         """A list of whole numbers that must be known without data (or be sizes)."""

@@ -19,7 +19,7 @@ from ._calls import OPERATORS, Array, Call, Operator, Unsupported, Value, is_kno
 from ._reading import DOMAINS, Model, Node
 
 # what Python and torch raise where a node's values don't fit its operator, as in a damaged file
-UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+UNFIT = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 # imported so that their operators are in the table
 TABLES = (attention, elementwise, indexing, layers, quantized, recurrent, reducing, sampling, shaping)
 # operators whose constants may have been learnt: they become parameters where there are several numbers
@@ -37,6 +37,13 @@ LEARNT = {
     "Gemm",
     "Conv",
 }
+
+
+CONTROL = ("If", "Loop", "Scan")
+CHOICES = (
+    "only an If whose condition is a constant can: export the network with torch.onnx.export(..., dynamo=True), which "
+    "writes loops and branches as what they come to"
+)
 
 
 class Scope(nn.Module):
@@ -208,7 +215,7 @@ def _row(node: Node, opset: int) -> Operator:
         where = f" of {node.domain}" if node.domain not in DOMAINS else ""
         raise Unsupported(
             f"node {node.name!r} is {node.kind}{where} (opset {opset}), which can't be imported; "
-            f"{len(OPERATORS)} operators can"
+            + (CHOICES if node.kind in CONTROL else f"{len(OPERATORS)} operators can")
         )
     return found
 

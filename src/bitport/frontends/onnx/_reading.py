@@ -1,30 +1,30 @@
 """An `.onnx` file as nodes and constants; nothing outside its folder is read, nothing that doesn't fit is believed.
 
-External data (tensors that lie in files of their own) must lie in the model's folder, under a plain relative path
-without links, and hold what its tensor says.
+`_external` reads the tensors that lie in files of their own, `_functions` takes a file's own operators apart.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import math
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...errors import LoadError, UnsafeFile, first_line
+from ...errors import LoadError, NotEnoughMemory, first_line
+from . import _branches, _external, _functions
 from ._calls import Array
 
 OLDEST, NEWEST = 7, 28  # opsets that are read as they are; older ones are converted
 CONVERTED = 13
-KEYS = {"location", "offset", "length", "checksum", "basepath"}
-BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
+LONGEST = 1000  # of a name
+FREE = ("doc_string", "value")  # texts that are no names, of any length
+LARGEST = 2**31 - 1  # bytes that protobuf takes
 DOMAINS = ("", "ai.onnx")
 SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -67,6 +67,10 @@ def read(path: Path) -> Model:
     from google.protobuf.message import DecodeError
 
     try:
+        if not path.is_file():
+            raise LoadError(f"{path.name} is no file: give an .onnx file")
+        if path.stat().st_size > LARGEST:
+            raise LoadError(f"{path.name} is larger than 2 GB: save the model again, with external data")
         proto = onnx.ModelProto.FromString(path.read_bytes())
     except OSError as error:
         raise LoadError(f"{path.name} can't be read: {first_line(error)}") from error
@@ -74,52 +78,111 @@ def read(path: Path) -> Model:
         raise LoadError(f"{path.name} is no ONNX model, or is cut off: {first_line(error)}") from error
     if not proto.graph.output:
         raise LoadError(f"{path.name} holds no network: its graph has no outputs")
-    for tensor in _tensors(proto.graph):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _fetch(tensor, path.parent)
-    return from_proto(proto, path.name)
+    try:
+        return from_proto(proto, path.name, path.parent)
+    except MemoryError as error:
+        raise NotEnoughMemory(f"{path.name} doesn't fit into memory: load it where there is more") from error
 
 
-def from_proto(proto: Any, name: str = "the model") -> Model:
-    """The same of a `ModelProto` whose data is all in it."""
-    import onnx
-    import onnx.inliner
-    import onnx.version_converter
-
+def from_proto(proto: Any, name: str = "the model", folder: Path | None = None) -> Model:
+    """The same of a `ModelProto`. folder: of its external data; None: its data is all in it."""
+    _check_text(proto, name)
     notes = []
     opset = next((item.version for item in proto.opset_import if item.domain in DOMAINS), 0)
-    if not opset:
+    if opset < 1:
         raise LoadError(f"{name} doesn't say which opset it is written in: export it again")
     if opset > NEWEST:
         raise LoadError(
             f"{name} is written in opset {opset}, and operators are known up to {NEWEST}: export it in an older one"
         )
+    bodies = [proto.graph.node, *(function.node for function in proto.functions)]
+    size = _external.check(_tensors(proto.graph.initializer, *bodies), folder)
     if opset < OLDEST:
-        try:
-            proto = onnx.version_converter.convert_version(proto, CONVERTED)
-        except RuntimeError as error:  # what its C++ raises
-            raise LoadError(
-                f"{name} is written in opset {opset}, which can't be converted to {CONVERTED}: {first_line(error)}; "
-                "export it again in a newer one"
-            ) from error
+        proto = _converted(proto, name, opset, size, folder)
         notes.append(f"converted from opset {opset} to {CONVERTED}")
         opset = CONVERTED
-    if proto.functions:
-        proto = onnx.inliner.inline_local_functions(proto)
     graph = proto.graph
-    constants = {tensor.name: _array(tensor) for tensor in graph.initializer}
     if graph.sparse_initializer:
         raise LoadError(
             f"{name} holds sparse weights ({graph.sparse_initializer[0].values.name!r}): make them dense"
         )
+    constants = {tensor.name: _array(tensor, folder) for tensor in graph.initializer}
+    if len(constants) < len(graph.initializer):
+        raise LoadError(f"{name}: two of its weights have one name")
+    if proto.functions:
+        graph = _functions.inlined(proto, name).graph
+    graph = _branches.taken(graph, constants)
+    constants |= {
+        tensor.name: _array(tensor, folder) for tensor in graph.initializer if tensor.name not in constants
+    }
     inputs = [_port(item, name) for item in graph.input if item.name not in constants]
     if len({port.name for port in inputs}) < len(inputs):
         raise LoadError(f"{name}: two inputs have one name")
-    nodes = [_node(item, index) for index, item in enumerate(graph.node)]
+    nodes = [_node(item, index, folder) for index, item in enumerate(graph.node)]
     _name_apart(nodes)
     model = Model(inputs, [item.name for item in graph.output], nodes, constants, opset, notes)
     _check_order(model, name)
     return model
+
+
+def _check_text(message: Any, name: str) -> None:
+    """Names that are no text come out of protobuf as bytes, of which nothing here would know."""
+    if message.DESCRIPTOR.name == "TensorProto":  # its numbers may be large
+        values = [
+            message.name,
+            *(word for entry in message.external_data for word in (entry.key, entry.value)),
+        ]
+    else:
+        values = []
+        for field, value in message.ListFields():
+            if field.type == field.TYPE_MESSAGE:
+                for inner in value if hasattr(value, "append") else [value]:
+                    _check_text(inner, name)
+            elif field.type == field.TYPE_STRING and field.name not in FREE:
+                values += [value] if isinstance(value, str | bytes) else value
+    for value in values:
+        if not isinstance(value, str):
+            raise LoadError(f"{name} holds a name that is no text ({value[:50]!r}): the file is damaged")
+        if len(value) > LONGEST:
+            raise LoadError(
+                f"{name}: {value[:50]!r}… is a name of {len(value)} characters: the file is damaged"
+            )
+
+
+def _converted(proto: Any, name: str, opset: int, size: int, folder: Path | None) -> Any:
+    """A model of an old opset in a newer one. size: bytes of its external data."""
+    import onnx
+    import onnx.version_converter
+
+    if size > LARGEST:
+        raise LoadError(
+            f"{name} is written in opset {opset} and larger than 2 GB: export it again in a newer one"
+        )
+    whole = onnx.ModelProto()
+    whole.CopyFrom(proto)  # the converter sees only what is in it
+    for tensor in _tensors(whole.graph.initializer, whole.graph.node):
+        if folder is not None and _external.is_external(tensor):
+            tensor.raw_data = _external.data_of(tensor, folder)
+            tensor.data_location = tensor.DEFAULT
+            del tensor.external_data[:]
+    open_ports = [item for item in whole.graph.output if not item.type.tensor_type.HasField("shape")]
+    for item in open_ports:
+        item.type.tensor_type.shape.SetInParent()  # the checker alone asks for one
+    try:
+        onnx.checker.check_model(whole)  # the converter takes for granted that it is one
+        for item in open_ports:
+            item.type.tensor_type.ClearField("shape")
+        return onnx.version_converter.convert_version(whole, CONVERTED)
+    except (
+        RuntimeError,
+        ValueError,
+        LookupError,
+        onnx.checker.ValidationError,
+    ) as error:  # what its C++ raises
+        raise LoadError(
+            f"{name} is written in opset {opset}, which can't be converted to {CONVERTED}: {first_line(error)}; "
+            "export it again in a newer one"
+        ) from error
 
 
 def _port(item: Any, name: str) -> Port:
@@ -136,13 +199,13 @@ def _port(item: Any, name: str) -> Port:
     return Port(item.name, shape, found.elem_type)
 
 
-def _node(item: Any, index: int) -> Node:
+def _node(item: Any, index: int, folder: Path | None) -> Node:
     from onnx import AttributeProto, helper
 
     attrs: dict[str, Any] = {}
     for attribute in item.attribute:
         if attribute.type == AttributeProto.TENSOR:
-            attrs[attribute.name] = _array(attribute.t)
+            attrs[attribute.name] = _array(attribute.t, folder)
             continue
         try:
             attrs[attribute.name] = _text(helper.get_attribute_value(attribute))
@@ -214,11 +277,15 @@ def _check_order(model: Model, name: str) -> None:
         raise LoadError(f"{name}: nothing gives its output {absent[0]!r}")
 
 
-def _array(tensor: Any) -> Array:
+def _array(tensor: Any, folder: Path | None) -> Array:
     """Raises LoadError where the numbers aren't as many as its shape says, or of a type that has no tensors here."""
-    from onnx import numpy_helper
+    from onnx import helper, numpy_helper
 
-    count, size = math.prod(tensor.dims), BYTES.get(tensor.data_type)
+    count, size = math.prod(tensor.dims), _external.BYTES.get(tensor.data_type)
+    if tensor.data_type == tensor.STRING:
+        raise LoadError(
+            f"tensor {tensor.name!r} is text, which can't be imported: only numbers are tensors here"
+        )
     if any(length < 0 for length in tensor.dims):
         raise LoadError(f"tensor {tensor.name!r} has an axis of negative length: the file is damaged")
     if size is not None and tensor.HasField("raw_data") and len(tensor.raw_data) != count * size:
@@ -227,109 +294,23 @@ def _array(tensor: Any) -> Array:
             f"{count * size}: the file is damaged"
         )
     try:
+        if _external.is_external(tensor) and folder is not None:
+            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            dtype = dtype.newbyteorder("<") if dtype.kind in "iuf" else dtype
+            return np.frombuffer(_external.data_of(tensor, folder), dtype).reshape(tensor.dims)
         return np.asarray(numpy_helper.to_array(tensor))
     except (KeyError, TypeError, ValueError) as error:
         raise LoadError(f"tensor {tensor.name!r} can't be read: {first_line(error)}") from error
 
 
-def _tensors(graph: Any) -> Iterator[Any]:
-    """Every tensor of a graph, those in attributes and in the graphs of its nodes among them."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
+def _tensors(*parts: Any) -> Iterator[Any]:
+    """Every tensor of lists of tensors and nodes, those in attributes and in the graphs of nodes among them."""
+    for item in itertools.chain(*parts):
+        if not hasattr(item, "attribute"):
+            yield item
+            continue
+        for attribute in item.attribute:
             yield from [attribute.t] if attribute.HasField("t") else []
             yield from attribute.tensors
-            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from _tensors(inner)
-
-
-# --------------------------------------------------------------------------- external data
-
-
-def _fetch(tensor: Any, folder: Path) -> None:
-    """Put a tensor's external data into it. Raises UnsafeFile, LoadError."""
-    told: dict[str, str] = {}
-    for entry in tensor.external_data:
-        if entry.key not in KEYS or entry.key in told:
-            raise UnsafeFile(
-                f"tensor {tensor.name!r} has external data with {entry.key[:50]!r}, which isn't ONNX"
-            )
-        told[entry.key] = entry.value
-    parts = _plain_path(tensor.name, told.get("location", ""))
-    size = BYTES.get(tensor.data_type)
-    if size is None or any(length < 0 for length in tensor.dims):
-        raise LoadError(
-            f"tensor {tensor.name!r} of data type {tensor.data_type} can't be read from external data"
-        )
-    wanted = math.prod(tensor.dims) * size
-    offset, length = (_number(tensor.name, key, told.get(key)) for key in ("offset", "length"))
-    if length not in (None, wanted):
-        raise LoadError(f"tensor {tensor.name!r} takes {wanted} bytes; its external data has {length}")
-    tensor.raw_data = _bytes(tensor.name, folder, parts, offset or 0, wanted)
-    tensor.data_location = 0
-    del tensor.external_data[:]
-
-
-def _plain_path(name: str, location: str) -> tuple[str, ...]:
-    windows, parts = PureWindowsPath(location), PurePosixPath(location).parts
-    odd = (
-        not parts or location.startswith(("/", "\\")) or windows.drive or "\\" in location or "\0" in location
-    )
-    if odd or any(part in ("..", ".") for part in parts):
-        raise UnsafeFile(
-            f"tensor {name!r} wants data from {location[:200]!r}: only files in the model's folder are read"
-        )
-    return parts
-
-
-def _number(name: str, key: str, value: str | None) -> int | None:
-    if value is None:
-        return None
-    if not value.isascii() or not value.isdigit() or len(value) > 18:
-        raise LoadError(
-            f"tensor {name!r} has external data with {key} {value[:50]!r}: it must be a whole number"
-        )
-    return int(value)
-
-
-def _bytes(name: str, folder: Path, parts: tuple[str, ...], offset: int, length: int) -> bytes:
-    """A stretch of a file in a folder, opened step by step so that no link is followed, not even one made meanwhile."""
-    follow_no_link = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    where = "/".join(parts)
-    handles: list[int] = []
-    try:
-        if os.open in os.supports_dir_fd:
-            handles.append(os.open(folder, os.O_RDONLY))
-            for part in parts[:-1]:
-                handles.append(
-                    os.open(part, os.O_RDONLY | os.O_DIRECTORY | follow_no_link, dir_fd=handles[-1])
-                )
-            handles.append(os.open(parts[-1], os.O_RDONLY | follow_no_link, dir_fd=handles[-1]))
-        else:
-            place = folder
-            for part in parts:
-                place = place / part
-                if place.is_symlink():
-                    raise UnsafeFile(f"tensor {name!r} wants data from {where!r}, which is a link")
-            handles.append(os.open(place, os.O_RDONLY | follow_no_link))
-        found = os.fstat(handles[-1])
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            raise UnsafeFile(f"tensor {name!r} wants data from {where!r}, which is no plain file of its own")
-        if offset + length > found.st_size:
-            raise LoadError(
-                f"tensor {name!r} wants {length} bytes at {offset} of {where!r}, which has {found.st_size}"
-            )
-        with os.fdopen(handles.pop(), "rb") as file:
-            file.seek(offset)
-            data = file.read(length)
-    except OSError as error:
-        raise UnsafeFile(
-            f"tensor {name!r} wants data from {where!r}, which can't be opened without following links: "
-            f"{error.strerror}"
-        ) from error
-    finally:
-        for handle in handles:
-            os.close(handle)
-    if len(data) != length:
-        raise LoadError(f"tensor {name!r}: {where!r} ended while it was read")
-    return data
+            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                yield from _tensors(inner.initializer, inner.node)

@@ -270,6 +270,7 @@ def constant_of_shape(call: Call, wanted: Value) -> Value:
     value = call.attr("value")
     fill = np.zeros(1, np.float32) if value is None else value
     if all(isinstance(length, int) for length in sizes):
+        call.hold(math.prod(sizes))
         return np.full(sizes, fill.reshape(-1)[0], fill.dtype)
     return torch.full(sizes, fill.reshape(-1)[0].item(), dtype=torch.from_numpy(fill).dtype)
 
@@ -278,6 +279,9 @@ def constant_of_shape(call: Call, wanted: Value) -> Value:
 def span(call: Call, start: Value, limit: Value, delta: Value) -> Value:
     ends = [call.number(value, "ends") for value in (start, limit, delta)]
     if all(isinstance(end, int | float) for end in ends):
+        if not ends[2]:
+            call.refuse("its step is 0")
+        call.hold(int((ends[1] - ends[0]) / ends[2]))
         return np.arange(
             *ends, dtype=np.asarray(start).dtype if np.asarray(start).dtype != object else np.int64
         )

@@ -1,0 +1,30 @@
+"""Random ONNX models, in a process of their own: no crash, no hang, no error but bitport's, bounded memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("seed", "seconds"), [(0, 10), pytest.param(1, 240, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
+def test_whatever_happens_to_a_model_is_told(seed: int, seconds: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.faults.fuzzing_onnx"]
+    done = subprocess.run(
+        [*command, str(tmp_path), str(seed), str(seconds)],
+        capture_output=True,
+        text=True,
+        timeout=seconds + 120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    found = re.fullmatch(r"loaded (\d+) refused (\d+) peak (\d+) MB\n", done.stdout)
+    assert found is not None, done.stdout
+    loaded, refused, peak = map(int, found.groups())
+    assert loaded > 0 and refused > 0, "some changes matter, some don't"
+    assert peak < 3000
