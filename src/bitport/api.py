@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, identity, keeping, run_steps
 from .data import Batch, Source, open_data, read_arrays
 from .errors import BitportError, DataError, GateFailed, LoadError, RecipeError
 from .forecast import inspect
-from .frontends import keras, onnx, pytorch
+from .frontends import keras, onnx, pytorch, tensorflow
 from .graph import Graph
 from .graph.archive import load_pt2
 from .graph.program import spans
@@ -81,12 +81,16 @@ def load(
         raise LoadError(
             f"{path} doesn't exist: give a .pt2 or .onnx file, an artifact folder, or module:callable"
         )
+    if path.is_dir() and tensorflow.is_saved_model(path):
+        return tensorflow.load_saved_model(path, example_inputs, dynamic_shapes, device, nonfinite)
     if path.is_dir():
         return Artifact.load(path).original
     if path.suffix == ".pt2":
         return load_pt2(path, device, nonfinite)
     if path.suffix == ".keras":
         return keras.load_keras(path, example_inputs, dynamic_shapes, device, nonfinite)
+    if path.suffix == ".tflite":
+        return tensorflow.load_tflite(path, example_inputs, dynamic_shapes, device, nonfinite)
     if path.suffix == ".onnx":
         return onnx.load_onnx(path, example_inputs, dynamic_shapes, device, nonfinite)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
