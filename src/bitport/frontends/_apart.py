@@ -20,7 +20,12 @@ from bitport.errors import BitportError, LoadError, first_line
 
 SECONDS = 1800.0
 # what a framework's own log has to say, which would hide what we have to say
-QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+QUIET = {
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TF_ENABLE_ONEDNN_OPTS": "0",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONWARNINGS": "ignore",
+}
 RUN = "from bitport.frontends._apart import answer; answer()"
 
 
@@ -50,8 +55,14 @@ def apart(
     try:
         done = subprocess.run(
             [sys.executable, "-c", RUN],
-            input=request, env=variables, capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
-        )  # fmt: skip
+            input=request,
+            env=variables,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         raise LoadError(
             f"the process that reads the file took longer than {timeout:g} s: give a smaller network, or more time"
@@ -59,7 +70,9 @@ def apart(
     if not told.is_file():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         cause = f"was ended by signal {-done.returncode} (out of memory, or a damaged file)"
-        raise LoadError(f"the process that reads the file {cause if done.returncode < 0 else f'failed: {last}'}")
+        raise LoadError(
+            f"the process that reads the file {cause if done.returncode < 0 else f'failed: {last}'}"
+        )
     found = json.loads(told.read_text("utf-8"))
     if "error" not in found:
         return found["value"]
@@ -91,4 +104,6 @@ def _limit_memory() -> None:
         return
     held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (held if most == resource.RLIM_INFINITY else min(held, most), most))
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (held if most == resource.RLIM_INFINITY else min(held, most), most)
+    )

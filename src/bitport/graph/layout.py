@@ -19,7 +19,17 @@ from .match import Call, op_name
 aten = torch.ops.aten
 PERMUTES = ("permute", "transpose", "swapaxes", "swapdims", "t", "numpy_T", "mT")
 SIZED = ("mean", "sum", "amax", "amin")  # over axes
-ALONG = ("softmax", "_softmax", "log_softmax", "_log_softmax", "slice", "narrow", "repeat_interleave", "flip", "roll")
+ALONG = (
+    "softmax",
+    "_softmax",
+    "log_softmax",
+    "_log_softmax",
+    "slice",
+    "narrow",
+    "repeat_interleave",
+    "flip",
+    "roll",
+)
 DROPOUTS = (nn.Dropout, nn.AlphaDropout)
 POINTWISE = torch.Tag.pointwise
 UNTAGGED = ("hardswish", "log_sigmoid", "to", "_to_copy", "rsub")  # pointwise all the same
@@ -51,15 +61,13 @@ def _order(graph: Graph, node: Any) -> tuple[int, ...] | None:
 
 def _merge(graph: Graph, node: fx.Node) -> None:
     """A permute of a permute is one, or none."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    order = _order(graph, node)
+    source, order = node.args[0], _order(graph, node)
+    assert isinstance(source, fx.Node) and order is not None
     before = _order(graph, source)
-    if order is None:
-        return
     if before is not None:
         order = tuple(before[axis] for axis in order)
-        source = source.args[0]  # type: ignore[assignment]
+        source = source.args[0]
+        assert isinstance(source, fx.Node)
     if order == tuple(range(len(order))):
         node.replace_all_uses_with(source)
         graph.gm.graph.erase_node(node)
@@ -109,14 +117,20 @@ def _by_axis(graph: Graph, node: fx.Node, order: tuple[int, ...]) -> None:
         lowest = min(pairs)
         if call["mode"] not in (None, "constant"):
             return  # others take the last axes only
-        given["pad"] = [size for axis in range(len(order) - 1, lowest - 1, -1) for size in pairs.get(axis, (0, 0))]
+        given["pad"] = [
+            size for axis in range(len(order) - 1, lowest - 1, -1) for size in pairs.get(axis, (0, 0))
+        ]
     else:
         return
     _through(graph, node, order, after, given)
 
 
 def _through(
-    graph: Graph, node: fx.Node, order: Sequence[int], after: Sequence[int], given: dict[str, Any] | None = None
+    graph: Graph,
+    node: fx.Node,
+    order: Sequence[int],
+    after: Sequence[int],
+    given: dict[str, Any] | None = None,
 ) -> None:
     """The node reads what its permutes read, and is permuted itself. Unchanged where an operand is in another order."""
     instead: dict[fx.Node, fx.Node] = {}
@@ -139,7 +153,9 @@ def _through(
     identity = tuple(after) == tuple(range(len(after)))
     if not identity:
         behind = node.next
-        permuted = insert(graph, behind, aten.permute.default, (node, list(after)), f"{graph.name(node)}.permute")
+        permuted = insert(
+            graph, behind, aten.permute.default, (node, list(after)), f"{graph.name(node)}.permute"
+        )
         permuted.meta["bitport_path"] = node.meta.get("bitport_path", "")
         permuted.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(permuted, delete_user_cb=lambda user: user is not permuted)

@@ -55,7 +55,8 @@ def load_keras(
         given = _named(example_inputs)
         if given is not None:
             options["examples"] = str(folder / "examples.npz")
-            np.savez(options["examples"], **{name: tensor.numpy() for name, tensor in given.items()})
+            arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in given.items()}
+            np.savez(options["examples"], **arrays)
         # settings of Keras that lie in the user's home would change what is read
         apart(CONVERT, options, folder, {"KERAS_BACKEND": "torch", "KERAS_HOME": str(folder)})
         graph = load_pt2(folder / "graph.pt2", device)

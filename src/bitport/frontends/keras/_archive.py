@@ -25,14 +25,22 @@ RATIO = 1100  # deflate can't do better than about 1032; Keras stores without co
 SMALL = 2**20
 OWN_MODULES = re.compile(r"keras(\.\w+)*")
 # what Keras writes for values that aren't objects
-VALUES = {"__keras_tensor__", "__tensor__", "__numpy__", "__slice__", "__ellipsis__", "__tuple__", "__dtype__"}
+VALUES = {
+    "__keras_tensor__",
+    "__tensor__",
+    "__numpy__",
+    "__slice__",
+    "__ellipsis__",
+    "__tuple__",
+    "__dtype__",
+}
 RUN_CODE = {"Lambda", "__lambda__", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "TFSMLayer"}
 READ_FILES = {"StringLookup", "IntegerLookup", "TextVectorization", "FeatureSpace", "IndexLookup"}
 UNREADABLE = (EOFError, NotImplementedError, OSError, RuntimeError, ValueError, zlib.error, struct.error)
 
 
 def checked(path: Path) -> None:
-    """Raises UnsafeFile where loading it would run or read more than Keras' own layers; LoadError where it is damaged."""
+    """Raises UnsafeFile where Keras would run or read more than its own layers, LoadError where the file is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             sizes = _members(archive, path.name)
@@ -63,7 +71,9 @@ def _members(archive: zipfile.ZipFile, label: str) -> dict[str, int]:
             raise LoadError(f"{label}: member {name!r} is encrypted")
         most = LARGEST_WEIGHTS if name == WEIGHTS else LARGEST_CONFIG
         if info.file_size > most or info.file_size > max(SMALL, RATIO * info.compress_size):
-            raise LoadError(f"{label}: member {name!r} unpacks to {info.file_size} bytes, more than it can hold")
+            raise LoadError(
+                f"{label}: member {name!r} unpacks to {info.file_size} bytes, more than it can hold"
+            )
         sizes[name] = info.file_size
     return sizes
 
@@ -72,7 +82,9 @@ def _config(data: bytes, label: str) -> dict[str, Any]:
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise LoadError(f"{label}: {CONFIG} is no JSON ({first_line(error)}): write the file again") from error
+        raise LoadError(
+            f"{label}: {CONFIG} is no JSON ({first_line(error)}): write the file again"
+        ) from error
     if not isinstance(found, dict) or not isinstance(found.get("class_name"), str):
         raise LoadError(f"{label}: {CONFIG} describes no network: write the file again")
     # not read where nothing is compiled: losses and optimizers may be the user's own
@@ -92,10 +104,7 @@ def _classes(config: dict[str, Any], label: str) -> None:
     for item, layer in _objects(config, ""):
         name, module = item["class_name"], item.get("module")
         where = f"layer {layer!r}" if layer else "the network"
-        remedy = (
-            "nothing of the file was run. Build it of Keras' own layers; or load it yourself with KERAS_BACKEND=torch and "
-            "give bitport.load the model"
-        )
+        remedy = "nothing of the file was run. Build it of Keras' own layers, or write the network in PyTorch"
         if name in RUN_CODE:
             raise UnsafeFile(f"{label}: {where} is a {name}, which holds code: {remedy}")
         if name in READ_FILES:
@@ -117,7 +126,7 @@ def _classes(config: dict[str, Any], label: str) -> None:
 
 
 def _objects(tree: Any, layer: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Everything that Keras would make an object of, with the innermost layer's name. No recursion: depth is the file's."""
+    """Everything that Keras would make an object of, with the innermost layer's name."""
     todo: list[tuple[Any, str]] = [(tree, layer)]
     while todo:
         at, inside = todo.pop()
@@ -153,7 +162,9 @@ def _walk(root: Any, label: str) -> None:
             seen += 1
             link = group.get(name, getlink=True)
             if not isinstance(link, h5py.HardLink) or seen > 10**6:
-                raise UnsafeFile(f"{label}: {WEIGHTS} holds a link at {name!r}: only its own numbers are read")
+                raise UnsafeFile(
+                    f"{label}: {WEIGHTS} holds a link at {name!r}: only its own numbers are read"
+                )
             item = group[name]
             if isinstance(item, h5py.Group):
                 todo.append(item)
@@ -162,9 +173,12 @@ def _walk(root: Any, label: str) -> None:
                 continue
             if item.external or item.is_virtual:
                 raise UnsafeFile(f"{label}: {WEIGHTS} wants {item.name!r} from another file: it isn't read")
-            if item.dtype.hasobject or item.id.get_storage_size() < item.nbytes and item.compression is None:
-                raise LoadError(f"{label}: {WEIGHTS} holds fewer numbers than {item.name!r} says: write it again")
-            if item.nbytes > max(SMALL, RATIO * item.id.get_storage_size()):
+            stored = item.id.get_storage_size()
+            if item.dtype.hasobject or (stored < item.nbytes and item.compression is None):
+                raise LoadError(
+                    f"{label}: {WEIGHTS} holds fewer numbers than {item.name!r} says: write it again"
+                )
+            if item.nbytes > max(SMALL, RATIO * stored):
                 raise LoadError(f"{label}: {item.name!r} unpacks to more than it can hold: write it again")
 
 

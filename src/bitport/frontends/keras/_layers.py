@@ -55,13 +55,16 @@ def last(x: Tensor) -> Tensor:
     return x.permute(0, *range(2, x.dim()), 1)
 
 
-def same(sizes: Sequence[Any], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[Any]:
+def same(
+    sizes: Sequence[Any], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> list[Any]:
     """What padding "same" adds before and behind each axis, the last axis first, as `F.pad` takes it."""
     found: list[Any] = []
     for size, width, step, wide in zip(sizes, kernel, stride, dilation, strict=True):
         total: Any = (width - 1) * wide
         if step > 1:
-            total = torch.sym_max(0, total + 1 + (-(-size // step) - 1) * step - size)
+            most: Callable[..., Any] = torch.sym_max
+            total = most(0, total + 1 + (-(-size // step) - 1) * step - size)
         found = [total // 2, total - total // 2, *found]
     return found
 
@@ -93,7 +96,8 @@ class Conv(nn.Module):
             else:
                 x = F.pad(x, pads)
         x = CONVS[self.rank](x, self.weight, self.bias, self.stride, beside, self.dilation, self.groups)
-        return self.activation(last(x) if self.last else x)
+        found: Tensor = self.activation(last(x) if self.last else x)
+        return found
 
 
 class Separable(nn.Module):
@@ -134,7 +138,8 @@ class Transposed(nn.Module):
             over = max(reach - self.stride[axis], 0)  # of the whole result, behind size · stride
             if self.padding == "same":
                 x = x.narrow(axis + 2, over // 2, size * self.stride[axis])
-        return self.activation(last(x) if self.last else x)
+        found: Tensor = self.activation(last(x) if self.last else x)
+        return found
 
 
 class Pool(nn.Module):
@@ -187,7 +192,7 @@ class EinsumDense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.linear(x.flatten(-self.over) if self.over > 1 else x, self.weight, self.bias)
-        found: Tensor = self.activation(x.unflatten(-1, self.into) if len(self.into) > 1 else x)
+        found: Tensor = self.activation(x.reshape(*x.shape[:-1], *self.into) if len(self.into) > 1 else x)
         return found
 
 
@@ -216,7 +221,14 @@ class BatchNorm(nn.Module):
         moved = x.dim() > 2 and axis == x.dim() - 1
         x = first(x) if moved else x
         x = F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
         )
         return last(x) if moved else x
 
@@ -287,7 +299,9 @@ def step_by_step(layer: Any) -> Callable[..., Any]:
     """
 
     def run(sequences: Tensor, initial_state: Any, mask: Any = None, training: Any = False) -> Any:
-        states: list[Tensor] = list(initial_state) if isinstance(initial_state, list | tuple) else [initial_state]
+        states: list[Tensor] = (
+            list(initial_state) if isinstance(initial_state, list | tuple) else [initial_state]
+        )
         mask = mask[0] if isinstance(mask, list | tuple) else mask
         steps = range(sequences.shape[1])
         outputs: list[Tensor] = []
@@ -337,7 +351,9 @@ def _conv(layer: Any) -> Made:
 
 
 def _depthwise(layer: Any) -> Made:
-    return Conv(layer, _by_depth(layer.kernel.value), layer.bias, int(layer.kernel.value.shape[-2]), layer.activation)
+    return Conv(
+        layer, _by_depth(layer.kernel.value), layer.bias, int(layer.kernel.value.shape[-2]), layer.activation
+    )
 
 
 def _transposed(layer: Any) -> Made:
@@ -379,7 +395,9 @@ def _pool(rank: int, average: bool) -> Callable[[Any], Made]:
     def make(layer: Any) -> Made:
         """None where nothing is added, or where a window that moves by one is of even length: Keras' own does that."""
         steps = _spread(layer.strides, rank)
-        odd = all(step > 1 or size % 2 for step, size in zip(steps, _spread(layer.pool_size, rank), strict=True))
+        odd = all(
+            step > 1 or size % 2 for step, size in zip(steps, _spread(layer.pool_size, rank), strict=True)
+        )
         return Pool(layer, rank, average) if layer.padding == "same" and odd else None
 
     return make
@@ -391,7 +409,9 @@ def _embedding(layer: Any) -> Made:
 
 def _rnn(kind: Any, **wanted: Any) -> Callable[[Any], Made]:
     def make(layer: Any) -> Made:
-        names = {name: getattr(getattr(layer, name), "__name__", None) for name in wanted if name != "reset_after"}
+        names = {
+            name: getattr(getattr(layer, name), "__name__", None) for name in wanted if name != "reset_after"
+        }
         fits = all(names[name] == value for name, value in wanted.items() if name != "reset_after")
         fits = fits and getattr(layer.cell, "reset_after", True)
         return Recurrent(layer, kind) if fits else None

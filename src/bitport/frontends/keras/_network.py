@@ -28,7 +28,16 @@ from bitport.graph.simplify import drop_identities
 BATCH = 2  # of an example that is made up
 LARGEST = 2**28  # numbers in it
 # what Keras and torch raise where a file's parts don't fit each other
-UNFIT = (ArithmeticError, AttributeError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError)
+UNFIT = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class Plain(nn.Module):
@@ -67,7 +76,9 @@ class Router:
             module = self.modules[path]
             if isinstance(module, Plain | Recurrent):
                 return module(*values, **options)
-            return module(values[0] if values else next(iter(options.values())))  # training and masks are Keras' own
+            return module(
+                values[0] if values else next(iter(options.values()))
+            )  # training and masks are Keras' own
 
         layer.call = call
 
@@ -121,8 +132,7 @@ class Network(nn.Module):
 
 def inside(layer: Any) -> Iterator[Any]:
     """The layers that a layer is made of, one level down."""
-    for inner in layer._flatten_layers(include_self=False, recursive=False):
-        yield inner
+    yield from layer._flatten_layers(include_self=False, recursive=False)
 
 
 def free(module: nn.Module, name: str) -> str:
@@ -151,7 +161,9 @@ def network(model: Any, recurrent: bool = True) -> nn.Module:
         if getattr(layer, "quantization_mode", None):
             raise LoadError(f"layer {layer.name!r} is quantized already: save the float network")
         if getattr(layer, "stateful", False) and hasattr(layer, "reset_state"):
-            raise LoadError(f"layer {layer.name!r} keeps its state between calls: build it with stateful=False")
+            raise LoadError(
+                f"layer {layer.name!r} keeps its state between calls: build it with stateful=False"
+            )
         if policy.compute_dtype != policy.variable_dtype:
             layer.dtype_policy = policy.variable_dtype
     found = Network(model, recurrent)
@@ -172,14 +184,14 @@ def _every(model: Any) -> Iterator[Any]:
     yield from model._flatten_layers()
 
 
-def graph_of(
-    read: Any, examples: Mapping[str, Tensor] | None, dynamic_shapes: Any, nonfinite: str
-) -> Graph:
+def graph_of(read: Any, examples: Mapping[str, Tensor] | None, dynamic_shapes: Any, nonfinite: str) -> Graph:
     """The graph of the model that `read()` gives; it is read again where a mask reaches a recurrent layer."""
     for recurrent in (True, False):
         model = read()
         if not getattr(model, "inputs", None):
-            raise LoadError("the network doesn't say its inputs: build it with keras.Input before it is saved")
+            raise LoadError(
+                "the network doesn't say its inputs: build it with keras.Input before it is saved"
+            )
         mixed = {layer.dtype_policy.name for layer in _every(model) if "mixed" in layer.dtype_policy.name}
         module = network(model, recurrent).eval()
         inputs = {
@@ -202,7 +214,9 @@ def graph_of(
         if not recurrent:
             graph.notes.append("a mask reaches recurrent layers: they are spelled out step by step")
         return graph
-    raise LoadError("a mask reaches a layer that can't take it: build the network without mask_zero and Masking")
+    raise LoadError(
+        "a mask reaches a layer that can't take it: build the network without mask_zero and Masking"
+    )
 
 
 def _example(item: Any, place: int, given: Mapping[str, Tensor] | None) -> Tensor:
@@ -221,7 +235,9 @@ def _example(item: Any, place: int, given: Mapping[str, Tensor] | None) -> Tenso
             f"axis {shape.index(None)} of input {item.name!r} is open: give example_inputs, with a length for it"
         )
     if np.prod([float(size) for size in shape]) > LARGEST:
-        raise LoadError(f"input {item.name!r} of shape {shape} is too large to be made up: give example_inputs")
+        raise LoadError(
+            f"input {item.name!r} of shape {shape} is too large to be made up: give example_inputs"
+        )
     if dtype.is_floating_point:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     return torch.zeros(shape, dtype=dtype)
@@ -241,7 +257,9 @@ def read_model(path: Path) -> Any:
             warnings.filterwarnings("error", message=".*could not be loaded.*")
             return keras.saving.load_model(path, compile=False, safe_mode=True)
     except (*UNFIT, UserWarning) as error:
-        raise LoadError(f"{path.name} can't be read by Keras {keras.__version__}: {first_line(error)}") from error
+        raise LoadError(
+            f"{path.name} can't be read by Keras {keras.__version__}: {first_line(error)}"
+        ) from error
 
 
 def convert(path: str, out: str, examples: str | None, dynamic: str | None, nonfinite: str) -> None:

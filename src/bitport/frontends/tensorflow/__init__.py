@@ -58,7 +58,7 @@ def load_tflite(
     device: str = "cpu",
     nonfinite: str = "refuse",
 ) -> Graph:
-    """Reads a float or 8-bit `.tflite`. Of an 8-bit one, the float network: weights on their grid, no roundings (a note).
+    """Reads a float or 8-bit `.tflite`; of the latter, the float network: weights on their grid, no roundings (a note).
 
     Arguments and errors as `load_saved_model`.
     """

@@ -21,18 +21,30 @@ AROUND = {
     "AssignVariableOp", "Const", "DisableCopyOnRead", "Erfc", "Identity", "IdentityN", "NoOp", "PartitionedCall",
     "Placeholder", "ReadVariableOp", "ResourceGather", "StatefulPartitionedCall", "StopGradient", "VarHandleOp",
     "VarIsInitializedOp", "While", "StatelessWhile", "If", "StatelessIf", "VariableV2", "Assert", "CheckNumerics",
-    "MutableHashTableV2", "EnsureShape", "XlaSharding", "Prod", "ParallelConcat", "GatherV2", "Bitcast",
+    "EnsureShape", "LogicalAnd", "TensorListFromTensor", "TensorListGetItem", "TensorListReserve", "TensorListSetItem",
+    "TensorListStack",
 }  # fmt: skip
 # what saves and restores; written into functions that only a saver calls
 SAVING = {
-    "MergeV2Checkpoints", "RestoreV2", "SaveV2", "ShardedFilename", "StaticRegexFullMatch", "StringJoin", "Select", "Pack",
+    "MergeV2Checkpoints", "RestoreV2", "SaveV2", "ShardedFilename", "StaticRegexFullMatch", "StringJoin", "Select",
+    "Pack",
 }  # fmt: skip
 SAVER = re.compile(r"__inference__traced_(save|restore)_\d+")
 NEVER = re.compile(
-    r"PyFunc|ReadFile|WriteFile|Reader|Writer|Dataset|Iterator|Print|Log|Save|Restore|Checkpoint|MatchingFiles|Library|"
+    r"PyFunc|ReadFile|WriteFile|Reader|Writer|Dataset|Iterator|Print|Save|Restore|Checkpoint|MatchingFiles|Library|"
     r"TextFile|Debug|Rpc|Summary|Dump|Custom|Queue|Barrier|Send|Recv"
 )
-UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError)
+UNFIT = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def saved_model(path: str, out: str) -> None:
@@ -104,8 +116,8 @@ def _check(graph: Any, label: str) -> None:
         if node.op not in known or NEVER.search(node.op):
             where = f" in {function!r}" if function else ""
             raise UnsafeFile(
-                f"{label}: node {node.name[:100]!r}{where} is {node.op[:50]!r}, which may run code or touch files, or has "
-                "no counterpart in ONNX; nothing of the file was run. Save the network without it"
+                f"{label}: node {node.name[:100]!r}{where} is {node.op[:50]!r}, which may run code or touch files, or "
+                "has no counterpart in ONNX; nothing of the file was run. Save the network without it"
             )
 
 
@@ -150,6 +162,7 @@ def _convertible() -> set[str]:
 def _write(model: Any, out: str) -> None:
     import onnx
 
+    _rename(model.graph)
     nodes = list(model.graph.node)
     del model.graph.node[:]
     for node in nodes:
@@ -159,6 +172,21 @@ def _write(model: Any, out: str) -> None:
         onnx.save_model(model, out)
     except ValueError:  # larger than one file may be
         onnx.save_model(model, out, save_as_external_data=True, location="model.data")
+
+
+def _rename(graph: Any) -> None:
+    """Names as the user knows them: without the call that a SavedModel is one of, without what a fused node lists."""
+    taken = {name for node in graph.node for name in (*node.input, *node.output)}
+    wanted: dict[str, str] = {}
+    for port in (*graph.input, *graph.output):
+        short = re.sub(r"^serving_default_|:\d+$", "", port.name)
+        if short not in taken and not short.startswith("StatefulPartitionedCall"):
+            wanted[port.name] = port.name = short
+            taken.add(short)
+    for node in graph.node:
+        node.name = re.sub(r"^(StatefulPartitionedCall(_\d+)?/)+", "", node.name.split(";")[0])
+        for names in (node.input, node.output):
+            names[:] = [wanted.get(name, name) for name in names]
 
 
 def _erfc(node: Any) -> list[Any]:
