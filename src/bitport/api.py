@@ -55,10 +55,10 @@ def load(
     """Bring a network into bitport.
 
     Args:
-        model: an `nn.Module` (with `example_inputs`), a `.pt2` or `.onnx` file, or an artifact folder (its original
-            network).
-        example_inputs: a tensor, a tuple, or a dict of keyword arguments. An `.onnx` file needs them only where it
-            leaves a shape open.
+        model: an `nn.Module` (with `example_inputs`), a `.pt2`, `.onnx`, `.keras` or `.tflite` file, a SavedModel
+            folder, or an artifact folder (its original network).
+        example_inputs: a tensor, a tuple, or a dict of keyword arguments. A file needs them only where it leaves a
+            shape open.
         dynamic_shapes: "batch" (axis 0 of every input), or what `torch.export.export` takes.
         device: where the graph lives.
         nonfinite: what to do about weights that are NaN or infinite: "refuse", or "zero": they become 0, and a note
@@ -67,6 +67,7 @@ def load(
     Raises:
         LoadError: it can't be read or captured; UnsafeFile when reading it would execute code.
         WeightsError: parameters hold NaN or infinite values.
+        MissingDependency: the framework that the file is of isn't installed.
     """
     if isinstance(model, nn.Module):
         if example_inputs is None:
@@ -79,7 +80,8 @@ def load(
     path = Path(model)
     if not path.exists():
         raise LoadError(
-            f"{path} doesn't exist: give a .pt2 or .onnx file, an artifact folder, or module:callable"
+            f"{path} doesn't exist: give a .pt2, .onnx, .keras or .tflite file, a SavedModel or artifact folder, or "
+            "module:callable"
         )
     if path.is_dir() and tensorflow.is_saved_model(path):
         return tensorflow.load_saved_model(path, example_inputs, dynamic_shapes, device, nonfinite)
@@ -98,13 +100,17 @@ def load(
             f"{path.name} holds pickled objects, which could run code: save the network with "
             "torch.export.save(torch.export.export(model, example_inputs), 'model.pt2')"
         )
+    if path.suffix in (".h5", ".hdf5"):
+        raise LoadError(
+            f"{path.name} is of an older Keras: load it there, and save the network by model.save('net.keras')"
+        )
     if path.suffix == ".py":
         raise LoadError(
             f"{path.name} is Python: name the function in it that returns (model, example_inputs), as {path.stem}:make"
         )
     raise LoadError(
-        f"{path.name}: no front end reads {path.suffix or 'such'} files; .pt2 and .onnx files and artifact folders are "
-        "read"
+        f"{path.name}: no front end reads {path.suffix or 'such'} files; .pt2, .onnx, .keras and .tflite files, "
+        "SavedModel and artifact folders are read"
     )
 
 

@@ -48,25 +48,35 @@ def networks() -> dict[str, Any]:
     x = layers.Embedding(50, 16, name="embed")(tokens)
     for block in range(2):
         h = layers.LayerNormalization(epsilon=1e-6, name=f"norm{block}")(x)
-        h = layers.MultiHeadAttention(2, 8, dropout=0.1, name=f"attend{block}")(h, h, use_causal_mask=bool(block))
+        h = layers.MultiHeadAttention(2, 8, dropout=0.1, name=f"attend{block}")(
+            h, h, use_causal_mask=bool(block)
+        )
         x = x + h
-        h = layers.Dense(32, activation="gelu", name=f"wide{block}")(layers.LayerNormalization(name=f"next{block}")(x))
+        h = layers.Dense(32, activation="gelu", name=f"wide{block}")(
+            layers.LayerNormalization(name=f"next{block}")(x)
+        )
         x = layers.Add()([x, layers.Dense(16, name=f"narrow{block}")(h)])
     transformer = Model(tokens, layers.Dense(5, name="head")(layers.GlobalAveragePooling1D()(x)))
 
-    frames = Input((5, 6), name="frames")
+    frames = Input((4, 6), name="frames")
     x = layers.Bidirectional(layers.LSTM(8, return_sequences=True), name="both")(frames)
-    x = layers.TimeDistributed(layers.Dense(6), name="each")(layers.GRU(8, return_sequences=True, name="gru")(x))
+    x = layers.TimeDistributed(layers.Dense(6), name="each")(
+        layers.GRU(8, return_sequences=True, name="gru")(x)
+    )
     last = [layers.LSTM(4, name="lstm")(x), layers.GRU(4, reset_after=False, name="old")(x)]
     last.append(layers.SimpleRNN(4, name="plain")(x))
     recurrent = Model(frames, [layers.Dense(3, name="head")(layers.Concatenate()(last)), last[0]])
 
-    words = Input((5,), dtype="int32", name="words")
-    x = layers.LSTM(4, return_sequences=True, name="lstm")(layers.Embedding(50, 6, mask_zero=True, name="embed")(words))
+    words = Input((4,), dtype="int32", name="words")
+    x = layers.LSTM(4, return_sequences=True, name="lstm")(
+        layers.Embedding(50, 6, mask_zero=True, name="embed")(words)
+    )
     masked = Model(words, layers.Dense(3, name="head")(layers.GRU(4, name="gru")(x)))
 
     keras.config.set_dtype_policy("mixed_float16")
-    mixed = Sequential([Input((8, 8, 3)), layers.Conv2D(4, 3, name="conv"), layers.Flatten(), layers.Dense(3)])
+    mixed = Sequential(
+        [Input((8, 8, 3)), layers.Conv2D(4, 3, name="conv"), layers.Flatten(), layers.Dense(3)]
+    )
     keras.config.set_dtype_policy("float32")
     found = {"cnn": cnn, "depthwise": depthwise, "transformer": transformer, "recurrent": recurrent}
     return found | {"masked": masked, "mixed": mixed}
