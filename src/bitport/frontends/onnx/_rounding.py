@@ -78,7 +78,10 @@ def _pairs_together(model: Model) -> Model:
                 readers.setdefault(name, []).append(place)
         made = {name: node for node in nodes for name in node.outputs}
         for place, move in enumerate(nodes):
-            source = made.get(move.inputs[0]) if move.kind in MOVES and len(move.outputs) == 1 else None
+            moves = move.kind in MOVES and len(move.outputs) == 1
+            source = made.get(move.inputs[0]) if moves else None
+            while source is not None and source.kind in MOVES:
+                source = made.get(source.inputs[0])
             behind = (
                 readers.get(move.outputs[0], []) if source is not None and source.kind == QUANTIZE else []
             )
@@ -88,7 +91,8 @@ def _pairs_together(model: Model) -> Model:
             first = after[0]
             alike = all(node.kind == DEQUANTIZE and node.inputs[1:] == first.inputs[1:] for node in after)
             scale = model.constants.get(first.inputs[1]) if alike else None
-            if scale is None or scale.size != 1:
+            known = all(name in model.constants for name in first.inputs[1:] if name)
+            if scale is None or scale.size != 1 or not known:
                 continue
             decoded = f"{move.outputs[0]} decoded"
             nodes[place] = replace(first, name=f"{move.name} decoded", inputs=[move.inputs[0], *first.inputs[1:]],
