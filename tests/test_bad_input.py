@@ -268,16 +268,17 @@ def test_unknown_names_list_the_known_ones(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("missing.pt2", r"missing\.pt2 doesn't exist: give a \.pt2 or \.onnx file"),
+        ("missing.pt2", r"missing\.pt2 doesn't exist: give a \.pt2, \.onnx, \.keras or \.tflite file"),
         ("weights.pth", r"weights\.pth holds pickled objects, which could run code: save the network with"),
         ("net.py", r"net\.py is Python: name the function in it .* as net:make"),
-        ("net.tflite", r"net\.tflite: no front end reads \.tflite"),
+        ("net.mlmodel", r"net\.mlmodel: no front end reads \.mlmodel"),
+        ("net.h5", r"net\.h5 is of an older Keras"),
         ("broken.pt2", r"broken\.pt2"),
         (3, "a int can't be loaded|an int can't be loaded"),
     ],
 )
 def test_models_that_can_not_be_read(tmp_path: Path, model: Any, message: str) -> None:
-    for name in ("weights.pth", "net.py", "net.tflite", "broken.pt2"):
+    for name in ("weights.pth", "net.py", "net.mlmodel", "net.h5", "broken.pt2"):
         (tmp_path / name).write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(LoadError, match=message):
         bitport.load(tmp_path / model if isinstance(model, str) else model)

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, identity, keeping, run_steps
 from .data import Batch, Source, open_data, read_arrays
 from .errors import BitportError, DataError, GateFailed, LoadError, RecipeError
 from .forecast import inspect
-from .frontends import onnx, pytorch
+from .frontends import keras, onnx, pytorch, tensorflow
 from .graph import Graph
 from .graph.archive import load_pt2
 from .graph.program import spans
@@ -56,10 +56,10 @@ def load(
     """Bring a network into bitport.
 
     Args:
-        model: an `nn.Module` (with `example_inputs`), a `.pt2` or `.onnx` file, or an artifact folder (its original
-            network).
-        example_inputs: a tensor, a tuple, or a dict of keyword arguments. An `.onnx` file needs them only where it
-            leaves a shape open.
+        model: an `nn.Module` (with `example_inputs`), a `.pt2`, `.onnx`, `.keras` or `.tflite` file, a SavedModel
+            folder, or an artifact folder (its original network).
+        example_inputs: a tensor, a tuple, or a dict of keyword arguments. A file needs them only where it leaves a
+            shape open.
         dynamic_shapes: "batch" (axis 0 of every input), or what `torch.export.export` takes.
         device: where the graph lives.
         nonfinite: what to do about weights that are NaN or infinite: "refuse", or "zero": they become 0, and a note
@@ -68,6 +68,7 @@ def load(
     Raises:
         LoadError: it can't be read or captured; UnsafeFile when reading it would execute code.
         WeightsError: parameters hold NaN or infinite values.
+        MissingDependency: the framework that the file is of isn't installed.
     """
     if isinstance(model, nn.Module):
         if example_inputs is None:
@@ -80,12 +81,19 @@ def load(
     path = Path(model)
     if not path.exists():
         raise LoadError(
-            f"{path} doesn't exist: give a .pt2 or .onnx file, an artifact folder, or module:callable"
+            f"{path} doesn't exist: give a .pt2, .onnx, .keras or .tflite file, a SavedModel or artifact folder, or "
+            "module:callable"
         )
+    if path.is_dir() and tensorflow.is_saved_model(path):
+        return tensorflow.load_saved_model(path, example_inputs, dynamic_shapes, device, nonfinite)
     if path.is_dir():
         return Artifact.load(path).original
     if path.suffix == ".pt2":
         return load_pt2(path, device, nonfinite)
+    if path.suffix == ".keras":
+        return keras.load_keras(path, example_inputs, dynamic_shapes, device, nonfinite)
+    if path.suffix == ".tflite":
+        return tensorflow.load_tflite(path, example_inputs, dynamic_shapes, device, nonfinite)
     if path.suffix == ".onnx":
         return onnx.load_onnx(path, example_inputs, dynamic_shapes, device, nonfinite)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
@@ -93,13 +101,17 @@ def load(
             f"{path.name} holds pickled objects, which could run code: save the network with "
             "torch.export.save(torch.export.export(model, example_inputs), 'model.pt2')"
         )
+    if path.suffix in (".h5", ".hdf5"):
+        raise LoadError(
+            f"{path.name} is of an older Keras: load it there, and save the network by model.save('net.keras')"
+        )
     if path.suffix == ".py":
         raise LoadError(
             f"{path.name} is Python: name the function in it that returns (model, example_inputs), as {path.stem}:make"
         )
     raise LoadError(
-        f"{path.name}: no front end reads {path.suffix or 'such'} files; .pt2 and .onnx files and artifact folders are "
-        "read"
+        f"{path.name}: no front end reads {path.suffix or 'such'} files; .pt2, .onnx, .keras and .tflite files, "
+        "SavedModel and artifact folders are read"
     )
 
 

@@ -53,8 +53,9 @@ folder_argument = click.argument("folder", metavar="DIR", type=click.Path(path_t
 def cli() -> None:
     """Compress a trained network, move it to an integer runtime, and prove the result there.
 
-    MODEL is a file (.pt2, .onnx) or module:callable returning (model, example_inputs); data is a file (.npz), a
-    folder of images by class, or module:callable returning an iterable of batches.
+    MODEL is a file (.pt2, .onnx, .keras, .tflite), a SavedModel folder or module:callable returning (model,
+    example_inputs); data is a file (.npz), a folder of images by class, or module:callable returning an iterable of
+    batches.
 
     Exit codes: 0 holds, 1 error, 2 usage, 3 a gate failed or is undecided, 75 interrupted (run again).
     """

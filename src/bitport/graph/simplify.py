@@ -61,9 +61,11 @@ def simplify(graph: Graph, *, phases: bool = False) -> None:
     graph.stage = "folded"
 
 
-def drop_identities(graph: Graph) -> None:
+def drop_identities(graph: Graph, *, dropout: bool = True) -> None:
+    """dropout: that as well, which does something in training."""
+    kinds = ("identity", "dropout") if dropout else ("identity",)
     for node in graph.nodes():
-        if graph.op(node).kind in ("identity", "dropout"):
+        if graph.op(node).kind in kinds:
             source = graph.op(node).operands[0]
             assert source is not None and source.node is not None
             node.replace_all_uses_with(source.node)

@@ -93,6 +93,36 @@ def test_a_pair_that_decodes_otherwise_than_it_encodes_stays() -> None:
     assert not graph.notes
 
 
+def test_what_moves_codes_moves_floats_instead() -> None:
+    constants = {"s": np.float32(0.02), "z": np.uint8(128), "shape": np.array([0, -1], np.int64)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("Transpose", ["q"], ["t"], perm=[0, 2, 3, 1]),
+        helper.make_node("Reshape", ["t", "shape"], ["f"]),
+        helper.make_node("DequantizeLinear", ["f", "s", "z"], ["d"]),
+        helper.make_node("Neg", ["d"], ["y"]),
+    ]
+    x = torch.randn(2, 3, 8, 8)
+    graph = load_proto(model(nodes, constants), x)
+    assert torch.equal(graph.run(x)[0], -x.permute(0, 2, 3, 1).flatten(1))
+    assert any("1 roundings" in note for note in graph.notes)
+
+
+def test_moved_codes_that_something_else_reads_stay() -> None:
+    constants = {"s": np.float32(0.02), "z": np.uint8(128)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("Transpose", ["q"], ["t"], perm=[0, 2, 3, 1]),
+        helper.make_node("DequantizeLinear", ["t", "s", "z"], ["d"]),
+        helper.make_node("Cast", ["t"], ["c"], to=1),
+        helper.make_node("Add", ["d", "c"], ["y"]),
+    ]
+    x = torch.rand(2, 3, 8, 8)
+    codes = (torch.round(x / 0.02) + 128).clamp(0, 255).permute(0, 2, 3, 1)
+    found = load_proto(model(nodes, constants), x).run(x)[0]
+    assert torch.allclose(found, codes + (codes - 128) * 0.02, atol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weights_are_decoded_by_channel(bits: int) -> None:
     dice = np.random.default_rng(0)

@@ -1,7 +1,8 @@
 """Quantized files as the float networks that they were made of: pairs of QuantizeLinear and DequantizeLinear go.
 
-What such a pair gives stands for what it reads; one whose codes begin at zero has taken a ReLU's place, where nothing
-else keeps its tensor from being negative. Weights that a DequantizeLinear decodes become floats, on their grid.
+What such a pair gives stands for what it reads, and what moved codes between them moves floats; one whose codes begin
+at zero has taken a ReLU's place, where nothing else keeps its tensor from being negative. Weights that a
+DequantizeLinear decodes become floats, on their grid.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ ARRANGED = {
     "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax", "Reshape",
     "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Slice", "Gather", "Split", "Expand", "Tile", "Dropout",
 }  # fmt: skip
+# what moves codes between a pair, as it moves floats
+MOVES = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "MaxPool", "Slice", "Gather"}
 
 
 def without_rounding(model: Model) -> Model:
     """The model in float; itself where there is nothing to take out. A note tells what went."""
+    model = _pairs_together(model)
     made = {name: node for node in model.nodes for name in node.outputs if node.domain in DOMAINS}
     constants: dict[str, Array] = dict(model.constants)
     nodes: list[Node] = []
@@ -62,6 +66,48 @@ def without_rounding(model: Model) -> Model:
         f"the file is quantized: {pairs} roundings of activations were taken out, {weights} weights decoded"
     )
     return replace(model, nodes=nodes, constants=constants, notes=[*model.notes, note])
+
+
+def _pairs_together(model: Model) -> Model:
+    """The model with what moves codes put behind their DequantizeLinear, where all readers have the same one scale."""
+    nodes = list(model.nodes)
+    while True:
+        readers: dict[str, list[int]] = {}
+        for place, node in enumerate(nodes):
+            for name in node.inputs:
+                readers.setdefault(name, []).append(place)
+        made = {name: node for node in nodes for name in node.outputs}
+        for place, move in enumerate(nodes):
+            moves = move.kind in MOVES and len(move.outputs) == 1
+            source = made.get(move.inputs[0]) if moves else None
+            while source is not None and source.kind in MOVES:
+                source = made.get(source.inputs[0])
+            behind = (
+                readers.get(move.outputs[0], []) if source is not None and source.kind == QUANTIZE else []
+            )
+            after = [nodes[at] for at in behind]
+            if not after or move.outputs[0] in model.outputs or move.inputs.count(move.inputs[0]) != 1:
+                continue
+            first = after[0]
+            alike = all(node.kind == DEQUANTIZE and node.inputs[1:] == first.inputs[1:] for node in after)
+            scale = model.constants.get(first.inputs[1]) if alike else None
+            known = all(name in model.constants for name in first.inputs[1:] if name)
+            if scale is None or scale.size != 1 or not known:
+                continue
+            decoded = f"{move.outputs[0]} decoded"
+            nodes[place] = replace(first, name=f"{move.name} decoded", inputs=[move.inputs[0], *first.inputs[1:]],
+                                   outputs=[decoded])  # fmt: skip
+            moved = [
+                replace(move, name=f"{move.name} {i}" if i else move.name, inputs=[decoded, *move.inputs[1:]],
+                        outputs=list(node.outputs))
+                for i, node in enumerate(after)
+            ]  # fmt: skip
+            kept = [node for at, node in enumerate(nodes) if at not in behind]
+            at = kept.index(nodes[place]) + 1
+            nodes = [*kept[:at], *moved, *kept[at:]]
+            break
+        else:
+            return replace(model, nodes=nodes)
 
 
 def _starts_at_zero(quantize: Node, constants: Mapping[str, Array]) -> bool:
