@@ -176,9 +176,10 @@ def ship(prepared: Prepared, *batches: Inputs) -> Shipped:
         folder = Path(scratch)
         target.export(prepared.work, plan, folder)
         inspection = target.inspect(folder, plan)
-        parity = Parity(prepared.reference, plan, prepared.simulator(), target.open(folder, taps=True))
-        for batch in batches:
-            parity.update(flat(batch))
+        with target.watchable(prepared.work, plan, folder) as shown:
+            parity = Parity(prepared.reference, plan, prepared.simulator(), target.open(shown, taps=True))
+            for batch in batches:
+                parity.update(flat(batch))
         outputs = target.open(folder).run(flat(batches[0]))
         as_written = target.open(folder, optimize=False).run(flat(batches[0]))
     return Shipped(parity, inspection, outputs, as_written, parity.record())

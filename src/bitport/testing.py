@@ -240,8 +240,9 @@ class Case:
             inspection = runtime.inspect(folder, plan)
             assert not inspection.missed, f"{self.id}: {inspection.missed}"
             simulator = Simulator(work, plan, runtime.arithmetic())
-            parity = Parity(reference, plan, simulator, runtime.open(folder, taps=True))
-            parity.update((specimen.inputs(SAMPLES, 2),))
+            with runtime.watchable(work, plan, folder) as shown:
+                parity = Parity(reference, plan, simulator, runtime.open(shown, taps=True))
+                parity.update((specimen.inputs(SAMPLES, 2),))
         if self.mode != "static":
             decibel = parity.record()["outputs_db"]
             assert decibel is None or decibel >= FLOAT_DB, f"{self.id}: outputs differ by {decibel:.1f} dB"
@@ -290,8 +291,8 @@ def target_cases(target: str) -> Iterator[Case]:
             if key in seen:
                 continue
             seen.add(key)
-            # a row that doesn't take every weight takes groups of integers
-            weights = IN_GROUPS if row.takes is not None else {}
+            # a row of stored weights that doesn't take every one takes groups of integers
+            weights = IN_GROUPS if row.takes is not None and row.mode == "weights" else {}
             for specimen in SPECIMENS.get(kind, {}):
                 for ties in (False, True) if row.mode == "static" else (False,):
                     yield Case(target, kind, specimen, ties, row.mode, row.kernel, weights)

@@ -98,6 +98,14 @@ def on_openvino(name: str) -> Result:
     return result
 
 
+def on_executorch(name: str) -> Result:
+    """The same on ExecuTorch: it sums integers exactly; layers in float between them are a last bit apart."""
+    result = _arrived(name, "executorch", 0.02)
+    local = result.shipped.record["local"]
+    assert local["integers"] > 0 and local["max_steps"] <= 1 and local["exact_share"] >= 0.995, local
+    return result
+
+
 def _arrived(name: str, target: str, apart: float) -> Result:
     """apart: how far outputs may be from the simulator's, in shares of the largest."""
     _, graph = loaded(name)

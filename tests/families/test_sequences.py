@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tests.families import SEQUENCES
-from tests.families.check import in_turn, on_openvino, on_the_runtime, values_and_gradients
+from tests.families.check import in_turn, on_executorch, on_openvino, on_the_runtime, values_and_gradients
 
 EARLY = ("bert", "distilbert", "roberta", "albert", "gpt2", "llama", "qwen3", "mixtral", "t5_encoder",
          "whisper_encoder", "wav2vec2")  # fmt: skip
@@ -29,3 +29,8 @@ SHARES = {"mixtral": 0.2, "qwen3_moe": 0.35, "gpt_oss": 0.2, "wav2vec2": 0.65}
 @pytest.mark.parametrize("name", in_turn(SEQUENCES, ("bert", "whisper_encoder")))
 def test_its_integers_arrive_on_openvino(name: str) -> None:
     assert on_openvino(name).share() > SHARES.get(name, 0.8)
+
+
+@pytest.mark.parametrize("name", in_turn(["bert"], ()))
+def test_its_integers_arrive_on_executorch(name: str) -> None:
+    assert on_executorch(name).share() > 0.9

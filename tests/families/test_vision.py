@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tests.families import VISION
-from tests.families.check import in_turn, on_openvino, on_the_runtime, values_and_gradients
+from tests.families.check import in_turn, on_executorch, on_openvino, on_the_runtime, values_and_gradients
 
 from bitport.errors import TargetError
 
@@ -43,3 +43,8 @@ def test_its_integers_arrive_on_openvino(name: str) -> None:
 def test_openvino_still_refuses_it_and_says_why(name: str) -> None:
     with pytest.raises(TargetError, match=KNOWN_GAPS[name]):
         on_openvino(name)
+
+
+@pytest.mark.parametrize("name", in_turn(["resnet"], ()))
+def test_its_integers_arrive_on_executorch(name: str) -> None:
+    assert on_executorch(name).share() == 1.0

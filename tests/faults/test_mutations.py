@@ -9,7 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.faults import mutations, mutations_of_formats, mutations_of_onnx, mutations_of_openvino
+from tests.faults import (
+    mutations,
+    mutations_of_executorch,
+    mutations_of_formats,
+    mutations_of_onnx,
+    mutations_of_openvino,
+)
 from tests.faults.mutations import Mutation
 from tests.faults.test_table import ROOT, absent
 
@@ -18,6 +24,7 @@ MUTATIONS = (
     *mutations_of_formats.MUTATIONS,
     *mutations_of_onnx.MUTATIONS,
     *mutations_of_openvino.MUTATIONS,
+    *mutations_of_executorch.MUTATIONS,
 )
 PACKAGE = ROOT / "src" / "bitport"
 FAILED = 1  # pytest: some test failed; other codes mean that it couldn't even run

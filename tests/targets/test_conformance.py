@@ -23,14 +23,22 @@ CASES = [
     *target_cases("openvino"),
     *(case for case in target_cases("null") if not case.power_of_two),
 ]
+# A case takes two exports of seconds each: those that are run early have ties and different kernels.
+EARLY = ("conv-depthwise-ties", "add-relu-ties", "mul-gate-ties", "global_avg_pool-head-ties")
+EXECUTORCH = [
+    pytest.param(case, marks=() if case.id in EARLY else pytest.mark.slow, id=f"{case.target}-{case.id}")
+    for case in target_cases("executorch")
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.target}-{case.id}")
+@pytest.mark.parametrize(
+    "case", [*(pytest.param(case, id=f"{case.target}-{case.id}") for case in CASES), *EXECUTORCH]
+)
 def test_every_row_of_every_target(case: Case) -> None:
     case.run()
 
 
-@pytest.mark.parametrize("target", ["null", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("target", ["null", "onnxruntime", "openvino", "executorch"])
 def test_every_row_has_a_tiny_network(target: str) -> None:
     assert uncovered(target) == set()
 

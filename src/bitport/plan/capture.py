@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,17 +17,22 @@ from .lower import Lowered
 EXAMPLE_BATCH = 2  # 1 would be specialised to a constant
 
 
-def capture(lowered: Lowered, graph: Graph) -> torch.export.ExportedProgram:
+def capture(
+    lowered: Lowered, graph: Graph, largest: Mapping[str, int] | None = None
+) -> torch.export.ExportedProgram:
     """Export `lowered.module` with the dynamic axes of `graph`'s inputs.
 
     The user's names of operators arrive in `nn_module_stack`; stack traces do not.
 
+    Args:
+        largest: sizes of dynamic axes that are not exceeded, where a runtime plans its memory for them.
+
     Raises ExportError when torch.export refuses.
     """
-    arguments, dynamic = _example(graph)
+    arguments, dynamic = _example(graph, largest or {})
     carrier = _Carrier(lowered.module).eval()
     error: Exception | None = None
-    for shapes in (dynamic, _automatic(dynamic)):
+    for shapes in (dynamic, _automatic(graph, largest or {})):
         try:
             with quiet_export(), traceback.preserve_node_meta(), torch.no_grad():
                 program = torch.export.export(carrier, arguments, dynamic_shapes=(shapes,), strict=False)
@@ -54,15 +59,18 @@ class _Carrier(nn.Module):
         return fx.Interpreter(self.module, garbage_collect_values=False).run(*inputs)
 
 
-def _example(graph: Graph) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any] | None, ...]]:
+def _example(
+    graph: Graph, largest: Mapping[str, int]
+) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any] | None, ...]]:
     axes: dict[str, Any] = {}
     tensors, dynamic = [], []
     for item in graph.inputs:
         sizes, named = [], {}
         for index, size in enumerate(item.shape):
             if isinstance(size, str):
-                named[index] = axes.setdefault(size, torch.export.Dim(size))
-                sizes.append(max(EXAMPLE_BATCH, graph.sizes.get(size, EXAMPLE_BATCH)))
+                named[index] = axes.setdefault(size, torch.export.Dim(size, max=largest.get(size)))
+                # what PyTorch's kernels choose by size narrows an axis to the example's side of it
+                sizes.append(largest.get(size, max(EXAMPLE_BATCH, graph.sizes.get(size, EXAMPLE_BATCH))))
             else:
                 sizes.append(size)
         tensors.append(torch.zeros(sizes, dtype=item.dtype))
@@ -70,6 +78,15 @@ def _example(graph: Graph) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any] | N
     return tuple(tensors), tuple(dynamic)
 
 
-def _automatic(dynamic: Sequence[dict[int, Any] | None]) -> tuple[dict[int, Any] | None, ...]:
+def _automatic(graph: Graph, largest: Mapping[str, int]) -> tuple[dict[int, Any] | None, ...]:
     """Let torch find relations between axes that names can't express (one a multiple of another)."""
-    return tuple(None if d is None else dict.fromkeys(d, torch.export.Dim.AUTO) for d in dynamic)
+    auto = torch.export.Dim.AUTO
+    return tuple(
+        {
+            index: auto(max=largest[size]) if size in largest else auto
+            for index, size in enumerate(item.shape)
+            if isinstance(size, str)
+        }
+        or None
+        for item in graph.inputs
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -113,7 +114,9 @@ def measure(
         "versions": records.versions(),
         "notes": list(inspection.notes),
     }
-    parity = _run_task(subject, inspection, evaluation, metric, max_drop, progress, record)
+    watched = target.watchable(graph, plan, folder) if plan.quantized else nullcontext()
+    with watched as shown:
+        parity = _run_task(subject, shown, inspection, evaluation, metric, max_drop, progress, record)
     record["storage"] = storage_record(graph, plan, inspection)
     if not plan.quantized:
         for section in ("plain", "storage"):
@@ -176,6 +179,7 @@ def _gate(name: str, value: float, limit: float, holds: bool) -> dict[str, Any]:
 
 def _run_task(
     subject: Subject,
+    shown: Path | None,
     inspection: Inspection,
     evaluation: Source,
     metric: Metric,
@@ -187,10 +191,9 @@ def _run_task(
     original, deployed = target.open(subject.folder / REFERENCE), target.open(subject.folder)
     simulator = Simulator(subject.graph, plan, target.arithmetic())
     parity: Parity | None = None
-    if plan.quantized:
-        _check_taps(subject, inspection)
-        tapped = target.open(subject.folder, taps=True)
-        parity = Parity(subject.counterpart, plan, simulator, tapped)
+    if shown is not None:
+        _check_taps(subject, shown, inspection)
+        parity = Parity(subject.counterpart, plan, simulator, target.open(shown, taps=True))
     task = TaskAccumulator(metric, max_drop)
     agreed = compared = 0
     with progress.task("verifying on " + target.name) as bar:
@@ -224,13 +227,8 @@ def _run_task(
                 f"without taps {target.name} gives other outputs, {watched:.0f} dB apart: it fuses across a rounding "
                 "of the plan, so that parity, which is measured with taps, isn't that of the deployed file"
             )
-        moved = _optimizer(subject, evaluation)
-        record["optimizer"] = moved
-        if moved["max_steps"] > SUSPICIOUS_STEPS:
-            record["notes"].append(
-                f"{target.name}'s optimizer moves integers of {moved['tensor']!r} by up to {moved['max_steps']} steps "
-                "against the same file run as written: look there first"
-            )
+    if shown is not None:
+        _judge_optimizer(subject, shown, evaluation, record)
     return parity
 
 
@@ -240,9 +238,9 @@ def _named(subject: Subject, outputs: Sequence[Tensor]) -> Tensor | dict[str, Te
     return {spec.name: value for spec, value in zip(subject.reference.outputs, outputs, strict=True)}
 
 
-def _check_taps(subject: Subject, plain: Inspection) -> None:
+def _check_taps(subject: Subject, shown: Path, plain: Inspection) -> None:
     """Watching must not change what is watched: the same kernels run with and without taps."""
-    tapped = subject.target.inspect(subject.folder, subject.plan, taps=True)
+    tapped = subject.target.inspect(shown, subject.plan, taps=True)
     if set(plain.missed) != set(tapped.missed):
         changed = sorted(set(plain.missed) ^ set(tapped.missed))
         raise TargetError(
@@ -251,15 +249,27 @@ def _check_taps(subject: Subject, plain: Inspection) -> None:
         )
 
 
-def _optimizer(subject: Subject, evaluation: Source) -> dict[str, Any]:
+def _judge_optimizer(subject: Subject, shown: Path, evaluation: Source, record: dict[str, Any]) -> None:
+    name = subject.target.name
+    if subject.target.runs_as_written:
+        _absent(record, "optimizer", f"{name} runs a file as it is written")
+        return
+    moved = _optimizer(subject, shown, evaluation)
+    record["optimizer"] = moved
+    if moved["max_steps"] > SUSPICIOUS_STEPS:
+        record["notes"].append(
+            f"{name}'s optimizer moves integers of {moved['tensor']!r} by up to {moved['max_steps']} steps "
+            "against the same file run as written: look there first"
+        )
+
+
+def _optimizer(subject: Subject, shown: Path, evaluation: Source) -> dict[str, Any]:
     """The runtime's optimizer against the same file run as written: exposes the runtime's own bugs.
 
     Roundings differ by a step here and there and accumulate; a wrong kernel moves integers by dozens at once.
     """
     inputs = next(iter(evaluation)).inputs
-    sessions = (
-        subject.target.open(subject.folder, taps=True, optimize=optimize) for optimize in (False, True)
-    )
+    sessions = (subject.target.open(shown, taps=True, optimize=optimize) for optimize in (False, True))
     (written, written_taps), (optimized, taps) = (session.run_tapped(inputs) for session in sessions)
     worst = span = 0.0
     for a, b in zip(written, optimized, strict=True):

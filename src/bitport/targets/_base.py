@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -65,11 +66,12 @@ class Session(ABC):
 
 
 class Target(ABC):
-    """A runtime. A class is abstract or final: nothing implemented here is overridden.
+    """A runtime. A class is abstract or final: nothing implemented here is overridden but what says that it may be.
 
     `defaults` are the options of a recipe's `[target]` table with their default values; `modules` are what its
     files import when they run (a fair memory measurement imports them first). `runner` is a module whose class
-    `Network` opens the model with the runtime and numpy alone; it ends the artifact's `run.py`.
+    `Network` opens the model with the runtime and numpy alone; it ends the artifact's `run.py`. `runs_as_written`:
+    nothing is optimized when a file is loaded, so that there is no other way to run it.
     """
 
     name: ClassVar[str]
@@ -78,6 +80,7 @@ class Target(ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     modules: ClassVar[tuple[str, ...]] = ()
     runner: ClassVar[Path | None] = None
+    runs_as_written: ClassVar[bool] = False
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         options = dict(options or {})
@@ -99,7 +102,7 @@ class Target(ABC):
                 raise MissingDependency(f"the target {cls.name}", package, cls.name)
 
     def check_options(self) -> None:  # noqa: B027 - not every target has something to check
-        """Raise RecipeError for option values the runtime can't take."""
+        """Raise RecipeError for option values the runtime can't take; may be overridden."""
 
     @abstractmethod
     def rules(self) -> Ruleset:
@@ -116,9 +119,22 @@ class Target(ABC):
         Raises ExportError when the file can't be made.
         """
 
+    @contextmanager
+    def watchable(self, graph: Graph, plan: Plan, folder: Path) -> Iterator[Path]:
+        """A folder to open and inspect with taps, as long as the context lasts; may be overridden.
+
+        Args:
+            folder: what `export` wrote of the graph and its plan. A runtime whose files can't be given more outputs
+                afterwards exports another one.
+        """
+        yield folder
+
     @abstractmethod
     def open(self, folder: Path, *, taps: bool = False, optimize: bool = True) -> Session:
-        """Load a model. `taps`: make the quantized integers readable. `optimize=False`: run it as written."""
+        """Load a model. `optimize=False`: run it as written.
+
+        `taps`: make the quantized integers readable, of a folder that is `watchable`.
+        """
 
     @abstractmethod
     def inspect(self, folder: Path, plan: Plan, *, taps: bool = False) -> Inspection:
@@ -126,7 +142,7 @@ class Target(ABC):
 
     @property
     def executes_integers(self) -> bool:
-        """Whether this is a real integer runtime: a simulation never passes for a deployed file."""
+        """Whether this is a real integer runtime: a simulation never passes for a deployed file. May be overridden."""
         return True
 
 
