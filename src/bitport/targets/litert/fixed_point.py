@@ -55,6 +55,11 @@ def shifted(values: Tensor, by: Tensor) -> Tensor:
 def scaled(values: Tensor, multiplier: Tensor, axis: int | None = None) -> Tensor:
     """`values · multiplier`, rounded twice; multiplier: float64, 0-d or [C] along `axis`. int64."""
     m, e = (along(part, values.ndim, axis) for part in split(multiplier))
+    return by_parts(values, m, e)
+
+
+def by_parts(values: Tensor, m: Tensor, e: Tensor) -> Tensor:
+    """`values · m · 2^(e − 31)`, rounded twice; m, e: as `split` gives them. int64."""
     left, right = e.clamp(min=0), (-e).clamp(min=0)
     return shifted(high_mul(values.long() << left, m), right)
 

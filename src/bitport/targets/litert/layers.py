@@ -179,26 +179,35 @@ def conv_transpose(call: Call) -> Value:
     """TRANSPOSE_CONV: weights [O, H, W, I]; what its VALID gives beyond torch's result is cut off."""
     shape = shape_of(call["weight"])
     ndim = len(shape) - 2
-    if call["groups"] != 1 or ndim > 2 or any(d != 1 for d in spread(call["dilation"], ndim)):
-        raise ExportError(f"{call.name}: LiteRT has transposed convolutions without groups and dilation only")
+    if call["groups"] != 1 or ndim > 2:
+        raise ExportError(f"{call.name}: LiteRT has transposed convolutions of rows and planes, without groups")
     stride = _row_options(call["stride"], ndim, 1)
-    padding = _row_options(call["padding"], ndim, 0)
-    kernel = (1, shape[2]) if ndim == 1 else (shape[2], shape[3])
+    padding, dilation = _row_options(call["padding"], ndim, 0), _row_options(call["dilation"], ndim, 1)
+    kernel = [d * (k - 1) + 1 for k, d in zip([1, *shape[2:]][-2:], dilation, strict=True)]
     x = _planes(call, call.read("input", last=True), shape_of(call["input"]))
-    weight = rearranged(
-        call, "weight", lambda t: (t.unsqueeze(2) if ndim == 1 else t).permute(1, 2, 3, 0), 0
-    )
+
+    def turned(weight: Tensor) -> Tensor:
+        """[O, H, W, I], with the zeros between that dilation means."""
+        planes = weight.unsqueeze(2) if ndim == 1 else weight
+        wide = planes.new_zeros([*planes.shape[:2], *kernel])
+        wide[:, :, :: dilation[0], :: dilation[1]] = planes
+        return wide.permute(1, 2, 3, 0)
+
+    given = call["weight"]
+    if isinstance(given, Dequantized) and given.quant.zero_point.any() and max(dilation) > 1:
+        raise ExportError(f"{call.name}: dilated weights have zeros between them: make them symmetric")
+    weight = rearranged(call, "weight", turned, 0)
     out = _plane_shape(call)
     full = [(n - 1) * s + k for n, s, k in zip(x.shape[2:], stride, kernel, strict=True)]
     need = [max(f, n + p) for f, n, p in zip(full, out[2:], padding, strict=True)]
     sizes = dynamic_shape(call, x, [out[0], *full, out[1]])
     options = {"table": "TransposeConv", "padding": VALID, "strideH": stride[0], "strideW": stride[1]}
-    given = [sizes, weight, x, _bias(call, int(shape[1]))]
+    reads = [sizes, weight, x, _bias(call, int(shape[1]))]
     exact = not any(padding) and full == list(out[2:])
     if exact:
-        return _finish(call, call.give("TRANSPOSE_CONV", given, out, last=True, options=options))
+        return _finish(call, call.give("TRANSPOSE_CONV", reads, out, last=True, options=options))
     made = call.b.emit(
-        "TRANSPOSE_CONV", given, [out[0], out[1], *full], name=f"{call.name}/full", last=True, options=options
+        "TRANSPOSE_CONV", reads, [out[0], out[1], *full], name=f"{call.name}/full", last=True, options=options
     )
     made = _padded(call, made, (0, 0), [n - f for n, f in zip(need, full, strict=True)], None)
     begin = call.b.integers([0, *padding, 0])

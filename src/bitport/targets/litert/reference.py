@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...numerics.arithmetic import Call, QTensor, along, convolved, multiply, project, quantize, quantized
 from ...simulate import Arithmetic
-from .fixed_point import away, multiplied, out_of, scaled
+from .fixed_point import FRACTION, away, by_parts, multiplied, out_of, scaled, split
 
 LEFT_SHIFT = 20  # of an add's operands, so that their bits aren't lost
 
@@ -59,12 +59,15 @@ def mul(call: Call) -> Tensor:
 
 
 def global_avg_pool(call: Call) -> Tensor:
-    """A 31-bit multiplier that 1/n is part of."""
+    """A 31-bit multiplier that is divided by n, cut off."""
     x, out = quantized(call, 0), out_of(call)
     dims = list(range(2, x.q.ndim))
     total = x.centred().sum(dim=dims, keepdim=True, dtype=torch.int64)
     count = math.prod(x.q.shape[2:])
-    return multiplied(total, x.scale.double() / out.scale.double() / count, out)
+    m, e = split(x.scale.double() / out.scale.double())
+    shift = min(count.bit_length() - 1, 32, FRACTION + int(e))
+    m, e = torch.div(m << shift, count, rounding_mode="floor"), e - shift
+    return (by_parts(total, m, e) + out.zero_point).clamp(out.low, out.high).to(torch.int32)
 
 
 def sigmoid(call: Call) -> Tensor:
