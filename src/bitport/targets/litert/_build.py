@@ -51,6 +51,13 @@ class Value:
         return [sizes[dim] for dim in order(self.rank)] if self.last else list(sizes)
 
 
+def plain(shape: Sequence[Size]) -> tuple[Size, ...]:
+    """Sizes that are known are numbers, however they were found."""
+    return tuple(
+        int(size) if isinstance(size, int) or size.node.expr.is_number else size for size in shape
+    )
+
+
 def order(rank: int) -> list[int]:
     """Logical axes in the order of a tensor that is stored with the channels last."""
     return [0, *range(2, rank), 1]
@@ -107,7 +114,7 @@ class Builder:
         self, shape: Sequence[Size], name: str, dtype: torch.dtype, quant: Quant | None = None, last: bool = False
     ) -> Value:
         """A tensor that something is still to write."""
-        shape = tuple(shape)
+        shape = plain(shape)
         there = [shape[dim] for dim in order(len(shape))] if last else list(shape)
         index = self.file.tensor(
             name, self.sizes(there), TYPES[dtype], dynamic=self.dynamic(there), quant=quant
@@ -178,7 +185,7 @@ class Builder:
 
     def reshaped(self, value: Value, shape: Sequence[Size], *, last: bool = False, name: str = "") -> Value:
         """The numbers in the order in which they are stored, in another shape. shape: logical."""
-        shape = tuple(shape)
+        shape = plain(shape)
         there = [shape[dim] for dim in order(len(shape))] if last else list(shape)
         target = self.target(there, name or self.name(value))
         options = {"table": "Reshape", "newShape": target}

@@ -30,6 +30,7 @@ VERSIONS = {
     "SOFTMAX": 2, "SPLIT": 2, "SPLIT_V": 2, "STRIDED_SLICE": 2, "TRANSPOSE": 2, "TRANSPOSE_CONV": 3,
 }  # fmt: skip
 FLOAT16_FROM = {"DEQUANTIZE": 3}
+FIRST = {"BROADCAST_TO": 2}  # the runtime has no earlier one
 LAST_PLACEHOLDER = 127  # operators with higher codes have them in a field of their own
 
 
@@ -177,7 +178,8 @@ class File:
         types = {self.tensors[index].type for index in tensors if index >= 0}
         if self.s.TensorType.FLOAT16 in types:
             return FLOAT16_FROM.get(kind, 1)
-        return VERSIONS.get(kind, 1) if self.s.TensorType.INT8 in types else 1
+        first = FIRST.get(kind, 1)
+        return VERSIONS.get(kind, first) if self.s.TensorType.INT8 in types else first
 
     def _code(self, kind: str, version: int) -> Any:
         made = self.s.OperatorCodeT()

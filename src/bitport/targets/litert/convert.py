@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -21,7 +20,7 @@ from ...graph import Graph
 from ...plan import Plan
 from ...plan.lower import QUANTIZED
 from ...plan.ops import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC, UNPACK
-from ._build import Builder, Size, Value
+from ._build import Builder, Size, Value, plain
 from ._flatbuffer import Quant
 
 Row = Callable[["Call"], Any]
@@ -84,7 +83,7 @@ class Call:
 
     @property
     def shape(self) -> tuple[Size, ...]:
-        return tuple(self.result.shape)
+        return plain(self.result.shape)
 
     def rank(self, key: str) -> int:
         return len(shape_of(self.args[key]))
@@ -239,7 +238,7 @@ class Converter:
                 self.names[id(value)] = names.get(key.removeprefix("module."), key)
                 continue
             spec = next(specs)
-            shape, dtype = tuple(node.meta["val"].shape), node.meta["val"].dtype
+            shape, dtype = plain(node.meta["val"].shape), node.meta["val"].dtype
             quant = self._integer_input(node, spec.name) if self.integer_io and dtype.is_floating_point else None
             dtype = dtype if quant is None else torch.int8
             value = self.builder.empty(shape, spec.name, dtype, quant)
@@ -379,8 +378,6 @@ class Converter:
 
     def _relabelled(self, value: Value, quant: Quant, name: str) -> Value:
         """The same integers, meant otherwise."""
-        from dataclasses import replace
-
         b = self.builder
         there = [value.shape[dim] for dim in range(value.rank)] if not value.last else value.stored(value.shape)
         target = b.target(there, name)
@@ -440,12 +437,5 @@ def shape_of(given: Any) -> tuple[Size, ...]:
         given = given.source
     if isinstance(given, Ranged):
         given = given.value
-    return tuple(given.shape)
+    return plain(given.shape)
 
-
-def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.tensor(value, dtype=dtype)
-
-
-def array(values: Sequence[int]) -> np.ndarray[Any, Any]:
-    return np.array(values, np.int32)

@@ -8,11 +8,28 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...errors import TargetError
 from ...numerics.arithmetic import Call, QSpec, along
 
 FRACTION = 31  # bits
+LOW, HIGH = -128, 127
+
+
+def linear_dynamic(call: Call) -> Tensor:
+    """FULLY_CONNECTED of floats with stored weights: each row is rounded to 8 bits on a range of its own.
+
+    operands: x float [..., I], weight `Coded` [O, I], bias float or None. The range holds 0, which is an integer.
+    """
+    x, weight, bias = call.operands
+    smallest, largest = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    span = largest - smallest
+    scale = torch.where(span == 0, torch.ones_like(span), (HIGH - LOW) / span)
+    below, above = smallest * scale, largest * scale
+    zero = torch.where(LOW + below + HIGH + above > 0, LOW - below, HIGH - above).clamp(LOW, HIGH).round()
+    q = (torch.round(x * scale) + zero).clamp(LOW, HIGH)
+    return F.linear((q - zero) / scale, weight.dequantize(), bias)
 
 
 def out_of(call: Call) -> QSpec:

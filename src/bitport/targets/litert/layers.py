@@ -313,6 +313,8 @@ def _pool(call: Call, kind: str, kernel: Any, stride: Any, padding: Any, ndim: i
             x = _padded(call, x, p, after, torch.tensor(lowest))
         elif not any(p) and not any(after):
             pass
+        elif not any(p) and all(size == 1 for size in out[2:]):
+            return _finish(call, _mean_of_space(call, x, out))  # one window, cut by the border
         elif zeros and call["ceil_mode"] is not True:
             x = _padded(call, x, p, after, None)
         else:
@@ -334,6 +336,11 @@ def _pool(call: Call, kind: str, kernel: Any, stride: Any, padding: Any, ndim: i
     else:
         made = call.give(kind, [x], out, last=True, options=options)
     return _finish(call, made)
+
+
+def _mean_of_space(call: Call, x: Value, out: Sequence[Size]) -> Value:
+    axes = call.b.integers([1, 2])
+    return call.give("MEAN", [x, axes], out, last=True, options={"table": "Reducer", "keepDims": True})
 
 
 def max_pool(call: Call) -> Any:

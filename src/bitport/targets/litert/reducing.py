@@ -155,6 +155,17 @@ def batch_norm(call: Call) -> Value:
     return x
 
 
+def vector_norm(call: Call) -> Value:
+    """√Σx²."""
+    if call["ord"] != 2:
+        raise ExportError(f"{call.name}: LiteRT gets no norms but the Euclidean one")
+    x = call.read("self", last=False)
+    axes, keep = _dims(call, x.rank), bool(call["keepdim"])
+    square = call.step("MUL", [x, x], x.shape, table="Mul")
+    total = call.step("SUM", [square, call.b.integers(axes)], call.shape, keepDims=keep, **REDUCER)
+    return call.give("SQRT", [total])
+
+
 def cumsum(call: Call) -> Value:
     x = call.read("self", last=False)
     if x.dtype not in (torch.float32, torch.int32, torch.int64):
@@ -213,5 +224,6 @@ ROWS: dict[Any, Row] = {
     aten.group_norm.default: group_norm,
     aten.batch_norm.default: batch_norm,
     aten.cumsum.default: cumsum,
+    aten.linalg_vector_norm.default: vector_norm,
     aten.topk.default: topk,
 }

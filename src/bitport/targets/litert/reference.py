@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...numerics.arithmetic import Call, QTensor, along, convolved, multiply, project, quantize, quantized
 from ...simulate import Arithmetic
-from .fixed_point import FRACTION, away, by_parts, multiplied, out_of, scaled, split
+from .fixed_point import FRACTION, away, by_parts, linear_dynamic, multiplied, out_of, scaled, split
 
 LEFT_SHIFT = 20  # of an add's operands, so that their bits aren't lost
 
@@ -78,6 +78,7 @@ def sigmoid(call: Call) -> Tensor:
 KERNELS: dict[str, Callable[[Call], Tensor]] = {
     "conv": conv,
     "linear": linear,
+    "linear_dynamic": linear_dynamic,
     "matmul": matmul,
     "add": add,
     "mul": mul,

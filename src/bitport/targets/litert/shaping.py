@@ -240,6 +240,16 @@ def filled_with(call: Call, value: int, shape: Sequence[Size]) -> Value:
     )  # fmt: skip
 
 
+def gather(call: Call) -> Value:
+    """x[…, ids]: along the last axis, row by row."""
+    x, ids = call.b.arranged(moved(call), False), as_int32(call, call.take(call["index"], last=False))
+    dim = call["dim"] % x.rank
+    same = [str(n) for n in x.shape[:-1]] == [str(n) for n in ids.shape[:-1]]
+    if dim != x.rank - 1 or not same:
+        raise ExportError(f"{call.name}: LiteRT gathers along the last axis of tensors that are alike otherwise")
+    return move(call, "GATHER", [x, ids], x, table="Gather", axis=dim, batchDims=dim)
+
+
 def _from_front(call: Call, ids: Value, size: Size) -> Value:
     """Places counted from the front: −1 is the last one."""
     if not isinstance(size, int):
@@ -334,6 +344,7 @@ ROWS: dict[Any, Row] = {
     **dict.fromkeys((aten.reflection_pad1d.default, aten.reflection_pad2d.default), mirror_pad),
     aten.index_select.default: index_select,
     aten.index.Tensor: index,
+    aten.gather.default: gather,
     **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), arange),
     aten.repeat.default: repeat,
     aten.roll.default: roll,

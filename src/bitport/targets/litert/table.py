@@ -16,6 +16,7 @@ from ...rules import (
     Free,
     Holds,
     OpRule,
+    Ranged,
     Ruleset,
     Shared,
     Weight,
@@ -71,6 +72,10 @@ def ruleset(kernels: str, *, integer_io: bool = False) -> Ruleset:
             ("linear",), (Free(), Weight(0), Derived("bias")), Free(), "FULLY_CONNECTED", "compute",
             clamps=True, when=_contraction,
         ),
+        OpRule(
+            ("linear",), (Ranged(), Weight(0), None), None, "FULLY_CONNECTED", "compute",
+            mode="dynamic", when=constant_weight,
+        ),
         OpRule(("matmul",), (Free(),), Free(), "BATCH_MATMUL", "compute"),
         OpRule(("add",), (Free(),), Free(), "ADD", "elementwise", clamps=True, when=plain_sum),
         OpRule(("mul",), (Free(),), Free(), "MUL", "elementwise", clamps=True),
@@ -97,8 +102,10 @@ def ruleset(kernels: str, *, integer_io: bool = False) -> Ruleset:
         activations=Holds(granularities=("global", "tensor")),
         weights={
             "static": Holds(symmetric=True),
+            "dynamic": Holds(symmetric=True),
             "weights": Holds(("int", "float"), granularities=("global", "tensor", "channel")),
         },
+        dynamic=Holds(exact=("int8",)),  # its kernels take all 256 codes, and a zero point of their own
         reasons=REASONS,
         fixed={"softmax": (0.0, 1.0)},
         integer_io=integer_io,

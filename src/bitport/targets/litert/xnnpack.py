@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...numerics.arithmetic import (
     Call,
@@ -27,7 +26,7 @@ from ...numerics.arithmetic import (
     rne,
 )
 from ...simulate import Arithmetic
-from .fixed_point import away, multiplied, out_of
+from .fixed_point import linear_dynamic, multiplied, out_of
 
 BITS_OF_ADD = 20  # of the larger of an add's two multipliers
 
@@ -91,6 +90,7 @@ def sigmoid(call: Call) -> Tensor:
 KERNELS: dict[str, Callable[[Call], Tensor]] = {
     "conv": conv,
     "linear": linear,
+    "linear_dynamic": linear_dynamic,
     "matmul": matmul,
     "add": add,
     "mul": mul,
@@ -98,7 +98,6 @@ KERNELS: dict[str, Callable[[Call], Tensor]] = {
     "sigmoid": sigmoid,
 }
 ARITHMETIC = Arithmetic(KERNELS, quantize=quantize)
-__all__ = ["ARITHMETIC", "F", "away"]
 
 
 def _bias(call: Call) -> QTensor | None:
