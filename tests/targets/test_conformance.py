@@ -21,16 +21,20 @@ from bitport.testing import Case, check_target, target_cases, uncovered
 CASES = [
     *target_cases("onnxruntime"),
     *target_cases("openvino"),
+    *target_cases("litert"),
+    *target_cases("litert", {"kernels": "reference"}),
     *(case for case in target_cases("null") if not case.power_of_two),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.target}-{case.id}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: "-".join([case.target, *case.options.values(), case.id])
+)
 def test_every_row_of_every_target(case: Case) -> None:
     case.run()
 
 
-@pytest.mark.parametrize("target", ["null", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("target", ["null", "onnxruntime", "openvino", "litert"])
 def test_every_row_has_a_tiny_network(target: str) -> None:
     assert uncovered(target) == set()
 

@@ -53,9 +53,7 @@ class Value:
 
 def plain(shape: Sequence[Size]) -> tuple[Size, ...]:
     """Sizes that are known are numbers, however they were found."""
-    return tuple(
-        int(size) if isinstance(size, int) or size.node.expr.is_number else size for size in shape
-    )
+    return tuple(int(size) if isinstance(size, int) or size.node.expr.is_number else size for size in shape)
 
 
 def order(rank: int) -> list[int]:
@@ -111,7 +109,12 @@ class Builder:
         return made
 
     def empty(
-        self, shape: Sequence[Size], name: str, dtype: torch.dtype, quant: Quant | None = None, last: bool = False
+        self,
+        shape: Sequence[Size],
+        name: str,
+        dtype: torch.dtype,
+        quant: Quant | None = None,
+        last: bool = False,
     ) -> Value:
         """A tensor that something is still to write."""
         shape = plain(shape)
@@ -127,7 +130,12 @@ class Builder:
         self, value: Tensor, name: str, *, quant: Quant | None = None, last: bool = False, bits: int = 0
     ) -> Value:
         """A tensor of known numbers, written once. bits: 4 packs two codes into a byte."""
-        key = (id(value), last, bits, None if quant is None else (quant.scale.tobytes(), quant.zero_point.tobytes()))
+        key = (
+            id(value),
+            last,
+            bits,
+            None if quant is None else (quant.scale.tobytes(), quant.zero_point.tobytes()),
+        )
         if key not in self.constants:
             self.kept.append(value)
             self.constants[key] = self._written(value, name, quant, last, bits)
@@ -137,10 +145,7 @@ class Builder:
         turned = value.detach().permute(order(value.dim())) if last else value.detach()
         shape = tuple(int(size) for size in turned.shape)
         dtype, raw = TYPES[value.dtype], turned.contiguous()
-        if value.dtype == torch.bfloat16:
-            array = raw.view(torch.int16).numpy()
-        else:
-            array = raw.numpy()
+        array = raw.view(torch.int16).numpy() if value.dtype == torch.bfloat16 else raw.numpy()
         if bits:
             codes = array.reshape(-1).astype(np.uint8) & 15
             codes = np.append(codes, np.zeros(codes.size % 2, np.uint8))
@@ -227,7 +232,7 @@ class Builder:
 
     def real(self, value: Value, name: str = "") -> Value:
         """The value as float32."""
-        if value.quant is None:
+        if value.quant is None and value.dtype != torch.float16:
             return value
         if value.index not in self.floats:
             self.floats[value.index] = self.emit(
@@ -238,8 +243,7 @@ class Builder:
 
     def quantized(self, value: Value, quant: Quant, dtype: torch.dtype, name: str) -> Value:
         """Rounded; integers of another meaning are requantized."""
-        made = self.emit(
+        return self.emit(
             "QUANTIZE", [value], value.shape, name=name, dtype=dtype, quant=quant, last=value.last,
             options={"table": "Quantize"},
         )  # fmt: skip
-        return made

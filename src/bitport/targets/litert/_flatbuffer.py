@@ -111,7 +111,11 @@ class File:
         return len(self.tensors) - 1
 
     def operator(
-        self, kind: str, inputs: Sequence[int], outputs: Sequence[int], options: Mapping[str, Any] | None = None
+        self,
+        kind: str,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         """Add an operator. kind: as the schema calls it, e.g. CONV_2D. options: of its options table, −1: no input."""
         made = self.s.OperatorT()
@@ -135,7 +139,9 @@ class File:
 
         size = sum(buffer.size for buffer in self.buffers)
         if size > LARGEST - (1 << 24):
-            raise ExportError(f"a .tflite file ends at 2 GiB, and the weights of this network take {size} bytes")
+            raise ExportError(
+                f"a .tflite file ends at 2 GiB, and the weights of this network take {size} bytes"
+            )
         s = self.s
         graph, model, signature = s.SubGraphT(), s.ModelT(), s.SignatureDefT()
         graph.name = "main"
@@ -201,7 +207,7 @@ class _Buffer:
         self.content = content
         self.size = 0 if content is None else content.nbytes + ALIGNED
 
-    def Pack(self, builder: Any) -> int:  # noqa: N802 - the name that the schema's classes call
+    def Pack(self, builder: Any) -> int:  # the name that the schema's classes call
         s = schema()
         if self.content is None:
             s.BufferStart(builder)

@@ -14,7 +14,9 @@ class Network(Runner):
     """The network in LiteRT on the CPU, with the kernels that were measured."""
 
     def load(self, options: Mapping[str, Any]) -> Run:
-        interpreter = opened((self.folder / "model.tflite").read_bytes(), options["threads"], options["kernels"])
+        interpreter = opened(
+            (self.folder / "model.tflite").read_bytes(), options["threads"], options["kernels"]
+        )
         inputs = [end["index"] for end in interpreter.get_input_details()]
         outputs = [end["index"] for end in interpreter.get_output_details()]
 

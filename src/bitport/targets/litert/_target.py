@@ -103,7 +103,9 @@ class _Session(Session):
     def as_stored(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         fed = self.prepared(inputs)
         self._invoke(fed)
-        found = [torch.from_numpy(np.array(self.interpreter.get_tensor(end["index"]))) for end in self.outputs]
+        found = [
+            torch.from_numpy(np.array(self.interpreter.get_tensor(end["index"]))) for end in self.outputs
+        ]
         return [torch.from_numpy(value) for value in fed], found
 
     def prepared(self, inputs: Sequence[Tensor]) -> list[np.ndarray[Any, Any]]:

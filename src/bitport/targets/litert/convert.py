@@ -28,10 +28,10 @@ Row = Callable[["Call"], Any]
 
 @dataclass(frozen=True)
 class Dequantized:
-    """Integers, read as numbers. source: a value, or a constant with the parameters `quant`."""
+    """Integers, read as numbers. source: a value, or a constant with the parameters `quant`; None: 16-bit floats."""
 
     source: Value | Tensor
-    quant: Quant
+    quant: Quant | None
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Call:
         self.result = node.meta["val"]
         made = converter.integer_result(node, self.name, self.args)
         self.integer = made is not None
-        self.quant, self.label = made if made is not None else (None, self.name)
+        self.quant: Quant | None = made[0] if made is not None else None
+        self.label = made[1] if made is not None else self.name
 
     def __getitem__(self, key: str) -> Any:
         return self.args.get(key)
@@ -74,8 +75,9 @@ class Call:
         return torch.zeros(size, dtype=dtype)
 
     def bits(self, tensor: Tensor) -> int:
-        """4 where a constant's codes have as many."""
-        return self.converter.widths.get(id(tensor), 0)
+        """4 where a constant's codes have as many, and the kernel takes them; XNNPACK's convolutions don't."""
+        takes = not self.integer or self.node.target is torch.ops.aten.linear.default
+        return self.converter.widths.get(id(tensor), 0) if takes else 0
 
     def follows(self) -> Quant:
         """How the reader of this operator's integers means them."""
@@ -142,9 +144,7 @@ class Call:
             kind, inputs, shape, name=self.name, dtype=dtype, quant=quant, last=last, options=options
         )
 
-    def step(
-        self, kind: str, inputs: Sequence[Value | None], shape: Sequence[Size], **options: Any
-    ) -> Value:
+    def step(self, kind: str, inputs: Sequence[Value | None], shape: Sequence[Size], **options: Any) -> Value:
         """An operator in between, of the inputs' type unless told otherwise."""
         last = options.pop("last", False)
         first = next(v for v in inputs if v is not None)
@@ -186,7 +186,7 @@ class Converter:
         for node in self.program.graph.nodes:
             if node.op == "call_function" and (node.users or node.target is QUANTIZE):
                 self.env[node] = self._call(node)
-        ends = []
+        ends: list[tuple[str, int]] = []
         (output,) = self.program.graph.find_nodes(op="output")
         sources = [value.index for _, value in self.inputs]
         for spec, node in zip(self.graph.outputs, output.args[0], strict=True):
@@ -239,7 +239,9 @@ class Converter:
                 continue
             spec = next(specs)
             shape, dtype = plain(node.meta["val"].shape), node.meta["val"].dtype
-            quant = self._integer_input(node, spec.name) if self.integer_io and dtype.is_floating_point else None
+            quant = (
+                self._integer_input(node, spec.name) if self.integer_io and dtype.is_floating_point else None
+            )
             dtype = dtype if quant is None else torch.int8
             value = self.builder.empty(shape, spec.name, dtype, quant)
             self.inputs.append((spec.name, value))
@@ -278,7 +280,9 @@ class Converter:
 
     def _call(self, node: fx.Node) -> Any:
         target, value = node.target, node.meta.get("val")
-        if value is None or isinstance(value, int | float | bool | torch.SymInt | torch.SymBool | torch.SymFloat):
+        if value is None or isinstance(
+            value, int | float | bool | torch.SymInt | torch.SymBool | torch.SymFloat
+        ):
             return value
         if target is operator.getitem:
             return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -289,10 +293,12 @@ class Converter:
         if target is QUANTIZE_DYNAMIC:
             source = self.env[node.args[0]]  # type: ignore[index]
             return (Ranged(self._real(source)), None, None)
+        if target is torch.ops.aten.to.dtype and _is_half(self.env.get(node.args[0])):  # type: ignore[arg-type]
+            return Dequantized(self.env[node.args[0]], None)  # type: ignore[index]
         known = self._computed(node)
         if known is not None:
             if target is UNPACK:
-                self.widths[id(known)] = int(node.args[1])  # type: ignore[call-overload]
+                self.widths[id(known)] = self.arguments(node)["bits"]
             return known
         row = self.rows.get(target)
         if row is None:
@@ -358,7 +364,9 @@ class Converter:
         limits = torch.iinfo(value.dtype)
         for kind, end, limit in (("MAXIMUM", quant.low, limits.min), ("MINIMUM", quant.high, limits.max)):
             if end != limit:
-                bound = self.builder.constant(torch.tensor(end, dtype=value.dtype), f"{label}/{kind.lower()}", quant=quant)
+                bound = self.builder.constant(
+                    torch.tensor(end, dtype=value.dtype), f"{label}/{kind.lower()}", quant=quant
+                )
                 name = label if kind == "MINIMUM" or quant.high == limits.max else f"{label}/raised"
                 value = self.builder.emit(
                     kind, [value, bound], value.shape, name=name, dtype=value.dtype, quant=quant, last=value.last,
@@ -379,16 +387,16 @@ class Converter:
     def _relabelled(self, value: Value, quant: Quant, name: str) -> Value:
         """The same integers, meant otherwise."""
         b = self.builder
-        there = [value.shape[dim] for dim in range(value.rank)] if not value.last else value.stored(value.shape)
+        there = (
+            [value.shape[dim] for dim in range(value.rank)] if not value.last else value.stored(value.shape)
+        )
         target = b.target(there, name)
         return b.emit(
             "RESHAPE", [replace(value, quant=None), b.integers(target)], value.shape, name=f"{name}/scaled",
             dtype=value.dtype, quant=quant, last=value.last, options={"table": "Reshape", "newShape": target},
         )  # fmt: skip
 
-    def integer_result(
-        self, node: fx.Node, name: str, args: Mapping[str, Any]
-    ) -> tuple[Quant, str] | None:
+    def integer_result(self, node: fx.Node, name: str, args: Mapping[str, Any]) -> tuple[Quant, str] | None:
         """How an operator that the plan runs in integers leaves them, and under which name; None: in float."""
         todo = self.plan.node(name)
         if todo.kernel is None or todo.mode is not None or todo.role not in ("compute", "elementwise"):
@@ -396,7 +404,11 @@ class Converter:
         users = list(node.users)
         if len(users) != 1 or users[0].target is not QUANTIZE:
             return None
-        given = [leaf for leaf in pytree.tree_leaves(tuple(args.values()), is_leaf=_is_operand) if _is_operand(leaf)]
+        given = [
+            leaf
+            for leaf in pytree.tree_leaves(tuple(args.values()), is_leaf=_is_operand)
+            if _is_operand(leaf)
+        ]
         if not given or not all(isinstance(leaf, Dequantized) for leaf in given):
             return None
         asked = self.arguments_of_quantize(users[0])
@@ -419,12 +431,12 @@ class Converter:
     def arguments_of_quantize(self, node: fx.Node) -> dict[str, Any]:
         """Of a quantize whose input isn't there yet."""
         names = [parameter.name for parameter in QUANTIZE._schema.arguments]
-        read = {
-            name: given
-            for name, given in zip(names, node.args, strict=False)
-            if name != "x"
-        }
+        read = {name: given for name, given in zip(names, node.args, strict=False) if name != "x"}
         return {name: fx.map_arg(given, lambda n: self.env[n]) for name, given in read.items()}
+
+
+def _is_half(given: Any) -> bool:
+    return isinstance(given, Tensor) and given.dtype == torch.float16
 
 
 def _is_operand(given: Any) -> bool:
@@ -438,4 +450,3 @@ def shape_of(given: Any) -> tuple[Size, ...]:
     if isinstance(given, Ranged):
         given = given.value
     return plain(given.shape)
-

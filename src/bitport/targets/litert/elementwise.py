@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...errors import ExportError
 from ._build import TYPES, Size, Value, order
@@ -24,9 +24,7 @@ def operands(call: Call, given: Sequence[Any], dtype: torch.dtype) -> tuple[list
     rank = len(call.shape)
     stored = [unwrapped(value) for value in given]
     last = any(isinstance(v, Value) and v.last and v.rank == rank for v in stored)
-    last = last and all(
-        not isinstance(v, Value) or v.rank == rank or v.rank == 0 for v in stored
-    )
+    last = last and all(not isinstance(v, Value) or v.rank == rank or v.rank == 0 for v in stored)
     found = []
     for value, source in zip(given, stored, strict=True):
         if isinstance(value, int | float | bool):
@@ -41,9 +39,8 @@ def operands(call: Call, given: Sequence[Any], dtype: torch.dtype) -> tuple[list
             found.append(made if call.integer else call.b.real(made))
         else:
             read = call.take(value)
-            if dtype == torch.float32 and read.dtype != dtype and read.quant is None:
-                read = cast(call, read, dtype)
-            elif read.quant is None and read.dtype != dtype and read.dtype in INTEGERS:
+            numbers = dtype == torch.float32 or read.dtype in INTEGERS
+            if numbers and read.quant is None and read.dtype != dtype:
                 read = cast(call, read, dtype)
             found.append(call.b.arranged(read, last))
     return found, last
@@ -77,7 +74,7 @@ def cast(call: Call, value: Value, dtype: torch.dtype) -> Value:
 def common(call: Call, keys: Sequence[str]) -> torch.dtype:
     """The type that operands are brought to: of torch's own promotion."""
     found = [call.node.args[index] if index < len(call.node.args) else None for index in range(len(keys))]
-    typed = [value.meta["val"] if hasattr(value, "meta") else value for value in found]
+    typed: list[Any] = [value.meta["val"] if isinstance(value, fx.Node) else value for value in found]
     first, second = (v if v is not None else call[k] for v, k in zip(typed, keys, strict=True))
     return torch.result_type(first, second)
 
@@ -106,7 +103,7 @@ def power(call: Call) -> Value:
     return call.give("POW", [a, b], last=last, options={"table": "Pow"})
 
 
-def unary(kind: str, table: str | None = None, key: str = "self") -> Row:
+def unary(kind: str, table: str | None = None, key: str = "self") -> Callable[[Call], Value]:
     def write(call: Call) -> Value:
         x = call.read(key)
         return call.give(kind, [x], last=x.last, options=None if table is None else {"table": table})
@@ -161,7 +158,9 @@ def _scaled(call: Call, x: Value, kind: str, number: float) -> Value:
 
 
 def clamp(call: Call) -> Value:
-    low, high = (call[a] if call[a] is not None else call[b] for a, b in (("min", "min_val"), ("max", "max_val")))
+    low, high = (
+        call[a] if call[a] is not None else call[b] for a, b in (("min", "min_val"), ("max", "max_val"))
+    )
     if (low, high) == (0, 6):
         return unary("RELU6")(call)
     if (low, high) == (0, None):
@@ -275,7 +274,9 @@ def filled(call: Call, value: float) -> Value:
 def _leading(call: Call) -> list[Size]:
     shape = list(call.shape)
     if any(not isinstance(size, int) for size in shape[1:]):
-        raise ExportError(f"{call.name}: LiteRT can't fill a tensor of shape {list(map(str, shape))} while running")
+        raise ExportError(
+            f"{call.name}: LiteRT can't fill a tensor of shape {list(map(str, shape))} while running"
+        )
     return shape
 
 
@@ -290,7 +291,6 @@ def remainder(call: Call) -> Value:
     return call.give("FLOOR_MOD", [a, b], last=last, options={"table": "FloorMod"})
 
 
-Maker = Callable[[], Row]
 ROWS: dict[Any, Row] = {
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), binary("ADD", "Add")),
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), binary("SUB", "Sub")),

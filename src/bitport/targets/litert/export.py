@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from ...graph import Graph
+from ...graph.export import quiet_export
 from ...graph.simplify import split_attention
 from ...plan import Plan, lower
 from ...plan.capture import capture
@@ -23,10 +28,8 @@ def export_model(graph: Graph, plan: Plan, *, integer_io: bool = False) -> bytes
     return Converter(program, graph, plan, ROWS, lowered.names, integer_io=integer_io).run()
 
 
-def _decomposed(program):  # type: ignore[no-untyped-def]
+def _decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Operators without a row as those that they are made of."""
-    import torch
-
     missing = {
         node.target
         for node in program.graph.nodes
@@ -38,6 +41,9 @@ def _decomposed(program):  # type: ignore[no-untyped-def]
     }
     if not missing:
         return program
-    table = torch.export.default_decompositions()
-    kept = {op: made for op, made in table.items() if op not in ROWS}
-    return program.run_decompositions(kept)
+    table: dict[Any, Any] = dict(torch.export.default_decompositions())
+    with quiet_export():
+        made: torch.export.ExportedProgram = program.run_decompositions(
+            {op: how for op, how in table.items() if op not in ROWS}
+        )
+    return made

@@ -1,7 +1,7 @@
 """TFLite's fixed-point arithmetic: a real multiplier as 31 bits and a power of two.
 
-The formulas are those of tensorflow/lite/kernels/internal (`QuantizeMultiplier`, `MultiplyByQuantizedMultiplier`) and of
-gemmlowp's fixed-point library that they come from.
+The formulas are those of tensorflow/lite/kernels/internal (`QuantizeMultiplier`,
+`MultiplyByQuantizedMultiplier`) and of gemmlowp's fixed-point library that they come from.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def split(multiplier: Tensor) -> tuple[Tensor, Tensor]:
     e = exponent.long()
     full = m == 1 << FRACTION
     m, e = torch.where(full, m // 2, m), torch.where(full, e + 1, e)
-    return torch.where(e < -FRACTION, torch.zeros_like(m), m), torch.where(e < -FRACTION, torch.zeros_like(e), e)
+    return torch.where(e < -FRACTION, torch.zeros_like(m), m), torch.where(
+        e < -FRACTION, torch.zeros_like(e), e
+    )
 
 
 def away(values: Tensor) -> Tensor:

@@ -64,7 +64,11 @@ def _user_name(name: str, plan: Plan) -> str:
 
 def _wide(graph: Any, types: dict[int, str], plan: Plan) -> dict[str, str]:
     """Operators whose weights take more bits in the file than the plan promises, with the reason."""
-    bits = {tensor.name.decode(): BITS[types[tensor.type]] for tensor in graph.tensors if types[tensor.type] in BITS}
+    bits = {
+        tensor.name.decode(): BITS[types[tensor.type]]
+        for tensor in graph.tensors
+        if types[tensor.type] in BITS
+    }
     found = {}
     for edge, tie in plan.edges.items():
         if plan.ties[tie].source != "weight":
@@ -73,5 +77,7 @@ def _wide(graph: Any, types: dict[int, str], plan: Plan) -> dict[str, str]:
         promised = next(n for n in (BYTE, 2 * BYTE, 4 * BYTE) if width <= n)
         stored = bits.get(f"{tie}{QUANTIZED}", promised)
         if stored > promised:
-            found[edge.consumer] = f"its weight {edge.producer} takes {stored} bits in the file, not {promised}"
+            found[edge.consumer] = (
+                f"its weight {edge.producer} takes {stored} bits in the file, not {promised}"
+            )
     return found

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import ExportError
 from ...graph.aten_table import spread
+from ...plan.ops import DEQUANTIZE
 from ._build import Size, Value
 from ._flatbuffer import Quant
 from .convert import Call, Dequantized, Ranged, Row, shape_of
@@ -46,7 +47,9 @@ def _row_options(values: Any, ndim: int, missing: int) -> tuple[int, int]:
     return (missing, numbers[0]) if ndim == 1 else (numbers[0], numbers[1])
 
 
-def _same(sizes: Sequence[Size], out: Sequence[Size], kernel: Any, stride: Any, padding: Any, dilation: Any) -> bool:
+def _same(
+    sizes: Sequence[Size], out: Sequence[Size], kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> bool:
     """Whether TFLite's SAME pads as much in front as torch does, and gives as many results."""
     for size, made, k, s, p, d in zip(sizes, out, kernel, stride, padding, dilation, strict=True):
         if not isinstance(size, int) or not isinstance(made, int):
@@ -125,8 +128,9 @@ def rearranged(call: Call, key: str, turned: Any, axis: int) -> Value:
     """A constant operand in another order of axes, its channels along `axis`; a computed one turned while running."""
     given = call[key]
     if isinstance(given, Dequantized) and isinstance(given.source, Tensor):
-        quant = given.quant
-        placed = Quant(quant.scale, quant.zero_point, quant.low, quant.high, None if quant.axis is None else axis)
+        quant = placed = given.quant
+        if quant is not None and quant.axis is not None:
+            placed = Quant(quant.scale, quant.zero_point, quant.low, quant.high, axis)
         source = call.memo(given.source, key, turned)
         name = call.names.get(id(given.source), f"{call.name}/{key}")
         value = call.b.constant(source, name, quant=placed, bits=call.bits(given.source))
@@ -148,8 +152,17 @@ def _bias(call: Call, outputs: int) -> Value:
         quant = Quant(scale, np.zeros_like(scale, np.int64), axis=0 if scale.ndim else None)
         return call.b.constant(call.zeros(outputs, torch.int32), f"{call.name}/no_bias", quant=quant)
     if isinstance(given, Dequantized) and isinstance(given.source, Tensor):
-        value = call.stored(given)
-        return value if call.integer else call.b.real(value)
+        q = given.quant
+        assert q is not None
+        if call.integer:
+            return call.stored(given)
+        # one of 32 bits, as the plan of a kernel has it that is none here: no operator decodes it
+        real = DEQUANTIZE(
+            given.source,
+            *(torch.from_numpy(n) for n in (q.scale, q.zero_point)),
+            -1 if q.axis is None else q.axis,
+        )
+        return call.b.constant(call.memo(given.source, "real", lambda _: real), call.constant_name(given))
     return call.take(given)
 
 
@@ -180,7 +193,9 @@ def conv_transpose(call: Call) -> Value:
     shape = shape_of(call["weight"])
     ndim = len(shape) - 2
     if call["groups"] != 1 or ndim > 2:
-        raise ExportError(f"{call.name}: LiteRT has transposed convolutions of rows and planes, without groups")
+        raise ExportError(
+            f"{call.name}: LiteRT has transposed convolutions of rows and planes, without groups"
+        )
     stride = _row_options(call["stride"], ndim, 1)
     padding, dilation = _row_options(call["padding"], ndim, 0), _row_options(call["dilation"], ndim, 1)
     kernel = [d * (k - 1) + 1 for k, d in zip([1, *shape[2:]][-2:], dilation, strict=True)]
@@ -194,7 +209,7 @@ def conv_transpose(call: Call) -> Value:
         return wide.permute(1, 2, 3, 0)
 
     given = call["weight"]
-    if isinstance(given, Dequantized) and given.quant.zero_point.any() and max(dilation) > 1:
+    if isinstance(given, Dequantized) and given.quant and given.quant.zero_point.any() and max(dilation) > 1:
         raise ExportError(f"{call.name}: dilated weights have zeros between them: make them symmetric")
     weight = rearranged(call, "weight", turned, 0)
     out = _plane_shape(call)
@@ -286,7 +301,9 @@ def embedding(call: Call) -> Value:
 def as_int32(call: Call, ids: Value) -> Value:
     if ids.dtype != torch.int64:
         return ids
-    return call.step("CAST", [ids], ids.shape, dtype=torch.int32, last=ids.last, table="Cast", inDataType=4, outDataType=2)
+    return call.step(
+        "CAST", [ids], ids.shape, dtype=torch.int32, last=ids.last, table="Cast", inDataType=4, outDataType=2
+    )
 
 
 # ------------------------------------------------------------------ pools
@@ -353,7 +370,9 @@ def max_pool(call: Call) -> Any:
 def avg_pool(call: Call) -> Value:
     ndim = len(shape_of(call["self"])) - 2
     if ndim > 2 or call["divisor_override"]:
-        raise ExportError(f"{call.name}: LiteRT has no 3-D average pools, and none with a divisor of their own")
+        raise ExportError(
+            f"{call.name}: LiteRT has no 3-D average pools, and none with a divisor of their own"
+        )
     return _pool(
         call, "AVERAGE_POOL_2D", call["kernel_size"], call["stride"], call["padding"], ndim,
         zeros=bool(call["count_include_pad"]),
@@ -381,11 +400,17 @@ def adaptive_avg_pool(call: Call) -> Value:
             shape = [*x.shape]
             shape[axis + 1] = end - begin
             cut = call.step(
-                "SLICE", [x, call.b.integers(offsets), call.b.integers(lengths)], shape, last=True, table="Slice"
+                "SLICE",
+                [x, call.b.integers(offsets), call.b.integers(lengths)],
+                shape,
+                last=True,
+                table="Slice",
             )
             shape[axis + 1] = 1
             parts.append(
-                call.step("MEAN", [cut, call.b.integers([axis])], shape, last=True, table="Reducer", keepDims=True)
+                call.step(
+                    "MEAN", [cut, call.b.integers([axis])], shape, last=True, table="Reducer", keepDims=True
+                )
             )
         shape = [*x.shape]
         shape[axis + 1] = m

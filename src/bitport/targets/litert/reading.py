@@ -18,7 +18,15 @@ def read_model(content: bytes, name: str) -> Any:
     try:
         model = s.ModelT.InitFromPackedBuf(content, 0)
         _check(model)
-    except (struct.error, IndexError, ValueError, TypeError, AttributeError, KeyError, UnicodeDecodeError) as error:
+    except (
+        struct.error,
+        IndexError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        UnicodeDecodeError,
+    ) as error:
         raise TargetError(f"{name} is damaged ({type(error).__name__}): make the artifact again") from error
     return model
 
@@ -54,7 +62,9 @@ def channels_last(model: Any) -> frozenset[str]:
             try:
                 return frozenset(map(str, json.loads(bytes(model.buffers[note.buffer].data))))
             except (ValueError, TypeError) as error:
-                raise TargetError(f"the file's note {CHANNELS_LAST} is damaged: make the artifact again") from error
+                raise TargetError(
+                    f"the file's note {CHANNELS_LAST} is damaged: make the artifact again"
+                ) from error
     return frozenset()
 
 

@@ -48,7 +48,12 @@ def arg(kind: str, table: str) -> Row:
         axis = call.b.constant(torch.tensor(dim, dtype=torch.int32), "axis")
         shape = [size for d, size in enumerate(x.shape) if d != dim]
         made = call.b.emit(
-            kind, [x, axis], shape, name=call.name, dtype=torch.int64, options={"table": table, "outputType": 4}
+            kind,
+            [x, axis],
+            shape,
+            name=call.name,
+            dtype=torch.int64,
+            options={"table": table, "outputType": 4},
         )
         return call.b.reshaped(made, call.shape) if call["keepdim"] else made
 
@@ -168,7 +173,7 @@ def vector_norm(call: Call) -> Value:
 
 def cumsum(call: Call) -> Value:
     x = call.read("self", last=False)
-    if x.dtype not in (torch.float32, torch.int32, torch.int64):
+    if x.dtype != call.result.dtype:
         x = cast(call, x, call.result.dtype)
     axis = call.b.constant(torch.tensor(call["dim"] % x.rank, dtype=torch.int32), "axis")
     return call.give("CUMSUM", [x, axis], options={"table": "Cumsum"})

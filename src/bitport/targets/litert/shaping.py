@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,9 @@ def moved(call: Call, key: str = "self") -> Value:
 
 
 def as_moved(call: Call, given: Any) -> Value:
+    if isinstance(given, Tensor) and given.dtype == torch.int8:  # a constant that integers are joined to
+        name = call.names.get(id(given), f"{call.name}/constant")
+        return call.b.constant(given, name, quant=call.follows())
     return given if isinstance(given, Value) else call.take(given)
 
 
@@ -72,8 +76,12 @@ def expand(call: Call) -> Any:
     if x.rank < len(call.shape):
         x = call.b.reshaped(x, [1] * (len(call.shape) - x.rank) + list(x.shape))
     dynamic = call.b.dynamic(call.shape)
-    if all(x.shape[axis] is call.shape[axis] or str(x.shape[axis]) == str(call.shape[axis]) for axis in dynamic):
-        times = [1 if axis in dynamic or size == x.shape[axis] else size for axis, size in enumerate(call.shape)]
+    if all(
+        x.shape[axis] is call.shape[axis] or str(x.shape[axis]) == str(call.shape[axis]) for axis in dynamic
+    ):
+        times = [
+            1 if axis in dynamic or size == x.shape[axis] else size for axis, size in enumerate(call.shape)
+        ]
         return move(call, "TILE", [x, call.b.integers(times)], x, table="Tile")
     if dynamic != [0]:
         raise ExportError(
@@ -131,7 +139,9 @@ def split(call: Call) -> tuple[Value, ...]:
     for part in call.result:
         size = part.shape[dim]
         if not isinstance(size, int):
-            raise ExportError(f"{call.name}: LiteRT can't split an axis of a length that isn't known beforehand")
+            raise ExportError(
+                f"{call.name}: LiteRT can't split an axis of a length that isn't known beforehand"
+            )
         found.append(cut(call, x, dim, start, start + size))
         start += size
     return tuple(found)
@@ -205,7 +215,9 @@ def index(call: Call) -> Value:
     used = [axis for axis, ids in enumerate(given) if ids is not None]
     x = call.b.arranged(moved(call), False)
     if any(isinstance(i, Tensor) and i.dtype == torch.bool for i in given):
-        raise ExportError(f"{call.name}: LiteRT can't pick by a mask: how much is picked isn't known beforehand")
+        raise ExportError(
+            f"{call.name}: LiteRT can't pick by a mask: how much is picked isn't known beforehand"
+        )
     if len(used) == 1:
         (axis,) = used
         ids = as_int32(call, call.take(given[axis]))
@@ -213,7 +225,7 @@ def index(call: Call) -> Value:
         return move(call, "GATHER", [x, ids], x, table="Gather", axis=axis)
     if used != list(range(len(used))):
         raise ExportError(f"{call.name}: LiteRT picks along one axis, or along the first ones")
-    shape = torch.broadcast_shapes(*[tuple(call.b.sizes(shape_of(given[axis]))) for axis in used])
+    shape = np.broadcast_shapes(*[tuple(call.b.sizes(shape_of(given[axis]))) for axis in used])
     parts = []
     symbolic = call.shape[: len(shape)]
     for axis in used:
@@ -246,7 +258,9 @@ def gather(call: Call) -> Value:
     dim = call["dim"] % x.rank
     same = [str(n) for n in x.shape[:-1]] == [str(n) for n in ids.shape[:-1]]
     if dim != x.rank - 1 or not same:
-        raise ExportError(f"{call.name}: LiteRT gathers along the last axis of tensors that are alike otherwise")
+        raise ExportError(
+            f"{call.name}: LiteRT gathers along the last axis of tensors that are alike otherwise"
+        )
     return move(call, "GATHER", [x, ids], x, table="Gather", axis=dim, batchDims=dim)
 
 
@@ -265,7 +279,13 @@ def arange(call: Call) -> Value:
         if call["start"] not in (None, 0) or call["step"] not in (None, 1) or len(call.shape) != 1:
             raise ExportError(f"{call.name}: LiteRT can't count to a number that is computed while running")
         ones = filled_with(call, 1, call.shape)
-        total = call.step("CUMSUM", [ones, call.b.constant(torch.tensor(0, dtype=torch.int32), "axis")], call.shape, table="Cumsum", exclusive=True)
+        total = call.step(
+            "CUMSUM",
+            [ones, call.b.constant(torch.tensor(0, dtype=torch.int32), "axis")],
+            call.shape,
+            table="Cumsum",
+            exclusive=True,
+        )
         return total if call.result.dtype == torch.int32 else _cast(call, total)
     start, step = call["start"] or 0, call["step"] or 1
     values = torch.arange(call.shape[0], dtype=call.result.dtype) * step + start
@@ -286,7 +306,9 @@ def repeat(call: Call) -> Value:
     if all(isinstance(n, int) for n in repeats):
         return move(call, "TILE", [x, call.b.integers(repeats)], x, table="Tile")
     if repeats[0] is not None and all(isinstance(n, int) for n in repeats[1:]) and x.shape[0] == 1:
-        middle = move(call, "TILE", [x, call.b.integers([1, *repeats[1:]])], x, table="Tile", shape=[1, *call.shape[1:]])
+        middle = move(
+            call, "TILE", [x, call.b.integers([1, *repeats[1:]])], x, table="Tile", shape=[1, *call.shape[1:]]
+        )
         sizes = call.b.shape_like(call.converter.inputs[0][1], call.shape, call.name)
         return move(call, "BROADCAST_TO", [middle, sizes], x, table="BroadcastTo")
     raise ExportError(f"{call.name}: LiteRT can't repeat as often as is computed while running")

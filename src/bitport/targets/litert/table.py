@@ -119,5 +119,3 @@ def _depthwise(graph: Graph, node: fx.Node, op: Op) -> str | None:
         if op.attrs["groups"] == 1 or graph.tensor(weight.tensor).shape[1] != 1:
             return "each channel is convolved with all others"
     return objection
-
-
