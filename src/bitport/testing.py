@@ -217,7 +217,7 @@ class Case:
     def run(self) -> None:
         """Export, open, run, compare. Raises AssertionError telling what differs."""
         specimen = SPECIMENS[self.kind][self.specimen]
-        runtime = make_target(self.target, self.options)
+        runtime = make_target(self.target, dict(self.options))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(len(self.id))
             model = specimen.make().eval()
@@ -286,7 +286,7 @@ def _with_ties(plan: Plan) -> Plan:
 def target_cases(target: str, options: Mapping[str, Any] | None = None) -> Iterator[Case]:
     """Every case of a target: each kind of each row of its table, each specimen, both sorts of scales."""
     seen: set[tuple[str, str, str]] = set()
-    rules = make_target(target, options).rules()
+    rules = make_target(target, dict(options or {})).rules()
     for row in rules.rows:
         for kind in row.kinds:
             key = (kind, row.mode, row.kernel if row.mode != "static" else "")

@@ -11,10 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import TargetError
-from ...numerics.arithmetic import Call, QSpec, along
+from ...numerics.arithmetic import Call, QSpec, QTensor, along
 
 FRACTION = 31  # bits
 LOW, HIGH = -128, 127
+
+
+def in_float(call: Call) -> Tensor:
+    """A product that a plan of another runtime takes as floats out of an integer kernel: LiteRT multiplies floats."""
+    x, weight, *bias = (v.dequantize() if isinstance(v, QTensor) else v for v in call.operands)
+    return torch.matmul(x, weight) if call.kind == "matmul" else F.linear(x, weight, *bias)
 
 
 def linear_dynamic(call: Call) -> Tensor:

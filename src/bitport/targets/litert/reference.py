@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...numerics.arithmetic import Call, QTensor, along, convolved, multiply, project, quantize, quantized
 from ...simulate import Arithmetic
-from .fixed_point import FRACTION, away, by_parts, linear_dynamic, multiplied, out_of, scaled, split
+from .fixed_point import FRACTION, away, by_parts, in_float, linear_dynamic, multiplied, out_of, scaled, split
 
 LEFT_SHIFT = 20  # of an add's operands, so that their bits aren't lost
 
@@ -30,6 +30,8 @@ def conv(call: Call) -> Tensor:
 
 def linear(call: Call) -> Tensor:
     """In double, half away from zero."""
+    if call.out is None:
+        return in_float(call)
     x, weight, out = quantized(call, 0), quantized(call, 1), out_of(call)
     acc = project(x, weight, _bias(call))
     factor = x.scale.double() * weight.scale.double() / out.scale.double()
@@ -39,6 +41,8 @@ def linear(call: Call) -> Tensor:
 
 def matmul(call: Call) -> Tensor:
     """A 31-bit multiplier, rounded twice."""
+    if call.out is None:
+        return in_float(call)
     a, b, out = quantized(call, 0), quantized(call, 1), out_of(call)
     return multiplied(multiply(a, b), a.scale.double() * b.scale.double() / out.scale.double(), out)
 

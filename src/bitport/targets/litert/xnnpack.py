@@ -26,7 +26,7 @@ from ...numerics.arithmetic import (
     rne,
 )
 from ...simulate import Arithmetic
-from .fixed_point import linear_dynamic, multiplied, out_of
+from .fixed_point import in_float, linear_dynamic, multiplied, out_of
 
 BITS_OF_ADD = 20  # of the larger of an add's two multipliers
 
@@ -44,11 +44,15 @@ def conv(call: Call) -> Tensor:
 
 def linear(call: Call) -> Tensor:
     """As conv."""
+    if call.out is None:
+        return in_float(call)
     return _requantized(call, project(quantized(call, 0), quantized(call, 1), _bias(call)), -1)
 
 
 def matmul(call: Call) -> Tensor:
     """TFLite's own kernel: a 31-bit multiplier, rounded twice."""
+    if call.out is None:
+        return in_float(call)
     a, b, out = quantized(call, 0), quantized(call, 1), out_of(call)
     return multiplied(multiply(a, b), a.scale.double() * b.scale.double() / out.scale.double(), out)
 
