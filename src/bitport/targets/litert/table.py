@@ -33,8 +33,12 @@ MOVES = (
 )  # fmt: skip
 
 REASONS = {
-    "hardswish": "LiteRT's integer hard-swish loses bits that a float one keeps",
+    "hardswish": "LiteRT's integer hard-swish isn't reproduced",
     "gelu": "LiteRT's integer GELU isn't reproduced",
+    "softmax": "LiteRT's integer softmax isn't reproduced",
+    "avg_pool": "LiteRT's integer average pool has one scale for both ends",
+    "leaky_relu": "LiteRT's integer leaky ReLU isn't reproduced",
+    "relu": "this ReLU follows nothing that it could be a part of",
     "silu": "LiteRT has no integer SiLU",
     "layer_norm": "LiteRT has no integer LayerNorm",
     "rms_norm": "LiteRT has no integer RMSNorm",
