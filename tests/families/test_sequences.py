@@ -33,11 +33,16 @@ def test_its_integers_arrive_on_openvino(name: str) -> None:
     assert on_openvino(name).share() > SHARES.get(name, 0.8)
 
 
-# Rows sorted by expert: LiteRT has no sort. What has been tried; the other families are still to come.
-LITERT_GAPS = {"mixtral": r"sort: LiteRT has no operator for aten\.sort", "qwen3_moe": r"aten\.sort"}
-ON_LITERT = (
-    "bert", "distilbert", "roberta", "albert", "gpt2", "llama", "qwen3", "bart", "t5_encoder", "whisper_encoder", "wav2vec2",
-)  # fmt: skip
+# What bitport doesn't write for LiteRT yet; mixtures of experts sort their rows, which LiteRT can't.
+LITERT_GAPS = {
+    "mixtral": r"sort: LiteRT has no operator for aten\.sort",
+    "qwen3_moe": r"aten\.sort",
+    "gpt_oss": r"aten\.sort",
+    "deberta_v2": "repeat: LiteRT can't repeat as often as is computed while running",
+    "mamba2": r"aten\.log1p",
+}
+ON_LITERT = ("bert", "distilbert", "roberta", "albert", "gpt2", "llama", "qwen3", "bart", "t5_encoder",
+             "whisper_encoder", "wav2vec2")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", in_turn(ON_LITERT, ("bert",)))
