@@ -257,7 +257,9 @@ def compress(
             "max_drop": max_drop,
             "model_digest": graph.digest(),
             "data_digest": calibration.digest(),
-            **artifacts.signature(work, plan, runtime.options.get("io") == "integer"),
+            **artifacts.signature(
+                work, plan, runtime.byte if runtime.options.get("io") == "integer" else None
+            ),
         }
         artifacts.write_manifest(workspace.path, manifest)
         render(workspace.path)

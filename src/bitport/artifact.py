@@ -289,7 +289,7 @@ def read_sample(folder: Path, graph: Graph, plan: Plan) -> tuple[Tensor, ...]:
     arrays, found = _sample(folder), []
     for spec in graph.inputs:
         value = _of_sample(arrays, f"input.{spec.name}")
-        stored = stored_as(plan, spec.name)
+        stored = stored_as(plan, spec.name, str(value.dtype).removeprefix("torch."))
         if stored is not None and spec.dtype.is_floating_point and not value.is_floating_point():
             value = (value.to(torch.int32) - stored["zero_point"]).float() * stored["scale"]
         found.append(value)
@@ -316,23 +316,19 @@ def _of_sample(arrays: Mapping[str, np.ndarray[Any, Any]], name: str) -> Tensor:
     return torch.from_numpy(arrays[name])
 
 
-def stored_as(plan: Plan, producer: str) -> dict[str, Any] | None:
+def stored_as(plan: Plan, producer: str, byte: str) -> dict[str, Any] | None:
     """`{dtype, scale, zero_point}` of a quantized tensor at an integer end of a file; None: it is no integer.
 
-    Bytes are unsigned there, as all runtimes but one want them; wider integers are signed.
+    byte: "uint8" or "int8", as the file has bytes there; wider integers are signed.
     """
     tie = plan.tie_of(producer)
     if tie is None:
         return None
     scale, zero_point = plan.ties[tie].parameters()
     fmt = plan.ties[tie].format
-    byte = fmt.bits <= BYTE
-    offset = -fmt.low if byte else 0
-    return {
-        "dtype": "uint8" if byte else "int16",
-        "scale": float(scale),
-        "zero_point": int(zero_point) + offset,
-    }
+    dtype = byte if fmt.bits <= BYTE else "int16"
+    offset = -fmt.low if dtype == "uint8" else 0
+    return {"dtype": dtype, "scale": float(scale), "zero_point": int(zero_point) + offset}
 
 
 def golden(folder: Path, graph: Graph, plan: Plan, session: Session) -> dict[str, Any]:
@@ -366,8 +362,11 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     )
 
 
-def signature(graph: Graph, plan: Plan, integer_io: bool) -> dict[str, Any]:
-    """Inputs and outputs as a manifest lists them; `stored` is what an integer end is in the file."""
+def signature(graph: Graph, plan: Plan, byte: str | None) -> dict[str, Any]:
+    """Inputs and outputs as a manifest lists them; `stored` is what an integer end is in the file.
+
+    byte: "uint8" or "int8", as the file has bytes there; None: its ends are floats.
+    """
     made: dict[str, list[tuple[Any, str]]] = {
         "inputs": [(spec, spec.name) for spec in graph.inputs],
         "outputs": [
@@ -383,7 +382,7 @@ def signature(graph: Graph, plan: Plan, integer_io: bool) -> dict[str, Any]:
                 "shape": list(spec.shape),
                 "dtype": str(spec.dtype).removeprefix("torch."),
             }
-            stored = stored_as(plan, producer) if integer_io and spec.dtype.is_floating_point else None
+            stored = stored_as(plan, producer, byte) if byte and spec.dtype.is_floating_point else None
             found[kind].append(row | ({"stored": stored} if stored else {}))
     return found
 

@@ -197,6 +197,7 @@ class Case:
         mode: the row's. Kernels that take and return floats are compared by their float results.
         kernel: the row's, as the plan must name it.
         weights: what is asked of weights.
+        options: of the target, as in a recipe's `[target]` table.
     """
 
     target: str
@@ -206,6 +207,7 @@ class Case:
     mode: Mode = "static"
     kernel: str = ""
     weights: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -215,7 +217,7 @@ class Case:
     def run(self) -> None:
         """Export, open, run, compare. Raises AssertionError telling what differs."""
         specimen = SPECIMENS[self.kind][self.specimen]
-        runtime = make_target(self.target)
+        runtime = make_target(self.target, dict(self.options))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(len(self.id))
             model = specimen.make().eval()
@@ -282,20 +284,22 @@ def _with_ties(plan: Plan) -> Plan:
     return settle(plan.with_ties(changed))
 
 
-def target_cases(target: str) -> Iterator[Case]:
+def target_cases(target: str, options: Mapping[str, Any] | None = None) -> Iterator[Case]:
     """Every case of a target: each kind of each row of its table, each specimen, both sorts of scales."""
     seen: set[tuple[str, str, str]] = set()
-    for row in make_target(target).rules().rows:
+    rules = make_target(target, dict(options or {})).rules()
+    for row in rules.rows:
         for kind in row.kinds:
             key = (kind, row.mode, row.kernel if row.mode != "static" else "")
             if key in seen:
                 continue
             seen.add(key)
-            # a row of stored weights that doesn't take every one takes groups of integers
-            weights = IN_GROUPS if row.takes is not None and row.mode == "weights" else {}
+            # a row that doesn't take every weight takes groups of integers, where there are any
+            grouped = row.takes is not None and "group" in rules.weights[row.mode].granularities
+            weights = IN_GROUPS if grouped else {}
             for specimen in SPECIMENS.get(kind, {}):
                 for ties in (False, True) if row.mode == "static" else (False,):
-                    yield Case(target, kind, specimen, ties, row.mode, row.kernel, weights)
+                    yield Case(target, kind, specimen, ties, row.mode, row.kernel, weights, options or {})
 
 
 def uncovered(target: str) -> set[str]:
@@ -304,14 +308,14 @@ def uncovered(target: str) -> set[str]:
     return kinds - set(SPECIMENS)
 
 
-def check_target(target: str) -> int:
+def check_target(target: str, options: Mapping[str, Any] | None = None) -> int:
     """Run every case of a target; returns how many ran.
 
     Raises AssertionError listing all cases that fail, and rows without a tiny network.
     """
     failures = [f"no tiny network for: {', '.join(sorted(uncovered(target)))}"] if uncovered(target) else []
     count = 0
-    for case in target_cases(target):
+    for case in target_cases(target, options):
         count += 1
         try:
             case.run()

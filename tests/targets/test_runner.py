@@ -27,7 +27,8 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-ENDS = [("onnxruntime", {"io": "float"}), ("onnxruntime", {"io": "integer"}), ("openvino", {})]
+ENDS = [("onnxruntime", {"io": "float"}), ("onnxruntime", {"io": "integer"}), ("openvino", {}),
+        ("litert", {"io": "float"}), ("litert", {"io": "integer"})]  # fmt: skip
 
 
 def made(

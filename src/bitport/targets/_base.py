@@ -71,7 +71,8 @@ class Target(ABC):
     `defaults` are the options of a recipe's `[target]` table with their default values; `modules` are what its
     files import when they run (a fair memory measurement imports them first). `runner` is a module whose class
     `Network` opens the model with the runtime and numpy alone; it ends the artifact's `run.py`. `runs_as_written`:
-    nothing is optimized when a file is loaded, so that there is no other way to run it.
+    nothing is optimized when a file is loaded, so that there is no other way to run it. `byte`: the type of 8-bit
+    integers at the ends of its files, where those are integers.
     """
 
     name: ClassVar[str]
@@ -81,6 +82,7 @@ class Target(ABC):
     modules: ClassVar[tuple[str, ...]] = ()
     runner: ClassVar[Path | None] = None
     runs_as_written: ClassVar[bool] = False
+    byte: ClassVar[str] = "uint8"
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         options = dict(options or {})
