@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 JOBS   ?= 2
 
-.PHONY: demo test test-slow check lint types imports bench contest picture clean
+.PHONY: demo test test-slow check lint types imports bench matrix contest picture clean
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,10 @@ imports: $(VENV)/lint.stamp
 
 bench: $(VENV)/core.stamp
 	$(BIN)/python -m bench.run --write docs/benchmarks.md
+
+matrix: $(VENV)/test.stamp
+	$(PIP) -e '.[test,tensorflow]'
+	$(BIN)/python -m bench.matrix --write docs/matrix.md
 
 contest: $(VENV)/test.stamp
 	$(BIN)/python -m bench.peers.contest --record --write docs/benchmarks.md

@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from bitport.proof import cost
+
 settings.register_profile(
     "bitport", deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -23,6 +25,13 @@ settings.load_profile("bitport")
 def _quiet_torch() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _speeds_are_measured_briefly() -> None:
+    """Of the tiny networks of tests nobody wants the speed to the percent."""
+    defaults: Any = cost.latency.__kwdefaults__
+    defaults["seconds"], defaults["rounds"] = 0.2, 8
 
 
 @pytest.fixture(autouse=True, scope="session")

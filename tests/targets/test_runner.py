@@ -52,19 +52,20 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder.parent)
 
 
-@pytest.mark.parametrize(("target", "options"), ENDS)
-def test_the_golden_pairs_come_out_without_torch_and_bitport(
-    target: str, options: Any, tmp_path: Path
-) -> None:
-    artifact = made(tmp_path / "out", target, options)
+@pytest.fixture(scope="module", params=ENDS, ids=lambda ends: "-".join([ends[0], *ends[1].values()]))
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bitport.Artifact:
+    target, options = request.param
+    return made(tmp_path_factory.mktemp("made") / "out", target, options)
+
+
+def test_the_golden_pairs_come_out_without_torch_and_bitport(artifact: bitport.Artifact) -> None:
     done = run(artifact.path)
     assert done.returncode == 0, done.stderr
     assert "100.00 % equal to the golden outputs" in done.stdout and done.stdout.endswith("ok\n")
 
 
-@pytest.mark.parametrize(("target", "options"), ENDS)
-def test_arrays_of_a_file_give_what_the_artifact_gives(target: str, options: Any, tmp_path: Path) -> None:
-    artifact, x = made(tmp_path / "out", target, options), images(5)
+def test_arrays_of_a_file_give_what_the_artifact_gives(artifact: bitport.Artifact, tmp_path: Path) -> None:
+    x = images(5)
     np.savez(tmp_path / "in.npz", x=x.numpy())
     done = run(artifact.path, str(tmp_path / "in.npz"), str(tmp_path / "found.npz"))
     assert done.returncode == 0, done.stderr

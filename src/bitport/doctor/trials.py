@@ -106,6 +106,7 @@ class Bench:
             reference=self.original,
             overrides=recipe.overrides,
             seed=int(self.opened.manifest.get("seed") or 0),
+            pace=pace.Pace(self.target, self.original, one_sample(self.original, self.choosing[0])),
         )
         kept = Checkpoint(self.scratch / str(self._number), dict)
         return run_steps(self.original, recipe.expand(), self.target, context, kept)[0]

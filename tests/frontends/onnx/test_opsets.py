@@ -37,10 +37,13 @@ def agree(path: Path, x: Tensor) -> None:
 
 
 # attention is written from opset 14 on
+EARLY = (9, 17, 23)
+
+
 @pytest.mark.parametrize(
     ("name", "opset"),
     [
-        (name, opset)
+        pytest.param(name, opset, marks=() if opset in EARLY else pytest.mark.slow)
         for name in NETS
         for opset in (9, 11, 13, 17, 20, 21, 23)
         if name != "transformer" or opset > 13

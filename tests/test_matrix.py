@@ -1,0 +1,54 @@
+"""docs/matrix.md: its diagonal is what this code measures, what fails is shown, every part is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bench import matrix
+from bench.matrix import Cell, Outcome
+
+import bitport
+
+PAGE = Path(__file__).parent.parent / "docs" / "matrix.md"
+DIAGONAL = matrix.diagonal()
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[Cell, Outcome]:
+    return matrix.outcomes(DIAGONAL, seconds=0.1)  # speeds aren't compared
+
+
+def test_the_page_is_what_is_measured(made: dict[Cell, Outcome]) -> None:
+    told = matrix.read(PAGE.read_text(encoding="utf-8"))
+    assert set(DIAGONAL) <= set(told) <= set(matrix.cells()), "run `make matrix`"
+    for cell, found in made.items():
+        assert matrix.without_speed(matrix.line(cell, found)) == told[cell], "run `make matrix`"
+
+
+def test_the_diagonal_has_every_part() -> None:
+    assert len(DIAGONAL) == 12
+    assert {cell.network for cell in DIAGONAL} == set(matrix.NETWORKS)
+    assert {cell.front_end for cell in DIAGONAL} == set(matrix.FRONT_ENDS) - set(matrix.LARGE)
+    assert {cell.target for cell in DIAGONAL} == set(matrix.TARGETS)
+    assert {cell.recipe for cell in DIAGONAL} == set(matrix.RECIPES)
+    assert len(set(DIAGONAL)) == 12
+
+
+def test_every_runtime_is_in_it() -> None:
+    assert set(matrix.TARGETS) == set(bitport.targets()) - {"null"}
+
+
+def test_what_fails_is_shown_as_that() -> None:
+    cell = Cell("cnn", "onnx", "openvino", "int8")
+    row = matrix.line(cell, Outcome(failed="no | kernel"))
+    assert row == "| cnn | onnx | openvino | int8 | not there: no / kernel | | | | |"
+    assert matrix.read(row)[cell] == row
+    found = matrix.page({cell: Outcome(failed="no"), Cell("cnn", "pytorch", "openvino", "int8"): Outcome()})
+    assert "1 of 2 arrive" in found
+
+
+def test_speeds_are_not_compared() -> None:
+    cell = Cell("cnn", "onnx", "openvino", "int8")
+    slow, fast = (matrix.line(cell, Outcome(("1", "2", "3", "4"), speed)) for speed in ("0.9×", "3.0×"))
+    assert slow != fast and matrix.read(slow) == matrix.read(fast)
