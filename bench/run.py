@@ -19,6 +19,7 @@ from torch import nn
 from bitport import api
 from bitport.artifact import make_target
 from bitport.data import Source
+from bitport.forecast import inspect
 from bitport.graph import Graph
 from bitport.plan import Plan
 from bitport.proof.cost import peak_memory
@@ -29,6 +30,8 @@ from .nets import ConvNet, Mlp, Pooled, WideNet, seeded
 from .table import Row, publish, table
 
 BATCHES, BATCH = 4, 8
+RUNTIMES = ("onnxruntime", "litert", "executorch", "openvino")
+SIZES: dict[type[nn.Module], int] = {ConvNet: 64, WideNet: 32, Pooled: 64}
 
 
 def speed(make: type[nn.Module], size: int = 64, target: str = "onnxruntime") -> Row:
@@ -42,6 +45,9 @@ def speed(make: type[nn.Module], size: int = 64, target: str = "onnxruntime") ->
     low, high = record["latency.ci95"]
     value = f"{record['latency.speedup']:.2f}× ({low:.2f}–{high:.2f}), {record['latency.float_ms']:.2f} ms → "
     value += f"{record['latency.compressed_ms']:.2f} ms; file {record['size.ratio']:.2f}×"
+    expected = inspect(graph, target)["speedup"]
+    if expected is not None:
+        value += f"; forecast {expected:.0f}×, off by {record['latency.speedup'] / expected - 1:+.0%}"
     what = f"int8 against float, {make.__name__}, 1×3×{size}×{size}, {target}"
     return Row(what, value, "≥ 2.5×" if make is ConvNet else "")
 
@@ -158,7 +164,8 @@ def main() -> None:
     if arguments.memory:
         _print_memory(arguments.memory)
         return
-    rows = [speed(ConvNet), speed(WideNet, 32), speed(Pooled), *calibration()]
+    rows = [speed(make, size, target) for make, size in SIZES.items() for target in RUNTIMES]
+    rows += calibration()
     rows += [*formats.speeds(), *formats.files(), *formats.weights(), quantization(), *methods.rows()]
     publish(table(rows), arguments.write)
 

@@ -41,7 +41,7 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        f"Made by `make bench`. {info['cpu']}, {', '.join(info['isa'])}; one thread for ONNX Runtime.",
+        f"Made by `make bench`. {info['cpu']}, {', '.join(info['isa'])}; one thread for each runtime.",
         "Ratios of one run, interleaved; intervals are 95 %.",
         "",
         "| what | measured | wanted |",

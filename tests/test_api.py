@@ -430,5 +430,5 @@ def test_inspect_tells_what_would_run_in_integers() -> None:
     assert erf["integer"] is False
     assert "no integer kernel for erf" in erf["reason"]
     assert aimed["totals"]["mac_share"] == 1.0
-    assert aimed["speed"]
+    assert aimed["speed"] and aimed["speedup"] in (None, 1.0)  # it is tiny
     assert graph.stage == "float"

@@ -17,6 +17,7 @@ import bitport
 from bitport.artifact import make_target
 from bitport.errors import ExportError, MissingDependency, RecipeError, TargetError
 from bitport.plan import Plan
+from bitport.proof.integer import integer_record
 from bitport.recipe import StepSpec
 from bitport.targets.litert import LiteRt
 
@@ -165,6 +166,8 @@ def test_narrow_weights_are_narrow_in_the_file(
     shipped = ship(prepared, torch.randn(8, 128))
     assert not shipped.inspection.missed
     assert shipped.record["outputs_db"] is None or shipped.record["outputs_db"] > 80
+    found = integer_record(prepared.work, prepared.plan, shipped.inspection, dict.fromkeys(("a", "b"), 1))
+    assert found["mac_share"] == (0.0 if activations is FLOAT else 1.0)
     prepared.target.export(prepared.work, prepared.plan, tmp_path)
     values = 128 * 256 + 256 * 64
     size = (tmp_path / "model.tflite").stat().st_size

@@ -11,9 +11,9 @@ from ...plan.lower import BYTE, QUANTIZED
 from ...rules import DECODED
 from .._base import Inspection
 from ._flatbuffer import AGAIN, schema
+from .table import HYBRID
 
 INTEGER = " I8"  # after the kind of an operator that takes and gives 8-bit integers
-HYBRID = " I8 weights"  # of one that rounds the floats that it reads
 HALF = 4  # bits
 BITS = {"INT4": 4, "INT2": 2, "INT8": 8, "UINT8": 8, "INT16": 16, "FLOAT16": 16, "BFLOAT16": 16, "INT32": 32,
         "FLOAT32": 32, "INT64": 64, "FLOAT64": 64}  # fmt: skip
@@ -44,7 +44,7 @@ def inspected(model: Any, plan: Plan) -> Inspection:
         if todo.kernel in (None, DECODED) or todo.role not in ("compute", "elementwise"):
             continue
         ran = [*kernels.get(name, []), *kernels.get(todo.absorbs or name, [])]
-        wanted = f"{todo.kernel}{INTEGER if todo.mode is None else HYBRID}"
+        wanted = f"{todo.kernel}{INTEGER}" if todo.mode is None else str(todo.kernel)
         if wanted not in ran and not (todo.kernel == "QUANTIZE" and "QUANTIZE" in ran):
             as_what = ", ".join(dict.fromkeys(ran)) or "nothing by that name"
             missed[name] = f"the file doesn't run it as {wanted}: it runs as {as_what}"

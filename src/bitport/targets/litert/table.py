@@ -32,6 +32,8 @@ MOVES = (
     "max_pool", "pad",
 )  # fmt: skip
 
+HYBRID = " I8 weights"  # after the kind of an operator that rounds the floats that it reads
+
 REASONS = {
     "hardswish": "LiteRT's integer hard-swish isn't reproduced",
     "gelu": "LiteRT's integer GELU isn't reproduced",
@@ -77,7 +79,7 @@ def ruleset(kernels: str, *, integer_io: bool = False) -> Ruleset:
             clamps=True, when=_contraction,
         ),
         OpRule(
-            ("linear",), (Ranged(), Weight(0), None), None, "FULLY_CONNECTED", "compute",
+            ("linear",), (Ranged(), Weight(0), None), None, f"FULLY_CONNECTED{HYBRID}", "compute",
             mode="dynamic", when=constant_weight,
         ),
         OpRule(("matmul",), (Free(),), Free(), "BATCH_MATMUL", "compute"),
