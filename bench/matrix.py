@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,9 @@ def from_onnx(network: str, folder: Path) -> Graph:
     path = folder / "net.onnx"
     batch = {0: torch.export.Dim("batch")}
     model, example = _warmed(NETWORKS[network]), images(2, 1)
-    program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=(batch,), verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's are about itself
+        program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=(batch,), verbose=False)
     assert program is not None
     program.save(path)
     return api.load(path)
@@ -270,7 +273,7 @@ def read(text: str) -> dict[Cell, str]:
 
 
 def without_speed(row: str) -> str:
-    return re.sub(r"[^|]*\|$", "|", row)
+    return re.sub(r"[^|]*\|$", " |", row)
 
 
 def main() -> None:
