@@ -19,6 +19,7 @@ def made() -> dict[Cell, Outcome]:
     return matrix.outcomes(DIAGONAL, seconds=0.1)  # speeds aren't compared
 
 
+@pytest.mark.slow  # three minutes
 def test_the_page_is_what_is_measured(made: dict[Cell, Outcome]) -> None:
     told = matrix.read(PAGE.read_text(encoding="utf-8"))
     assert set(DIAGONAL) <= set(told) <= set(matrix.cells()), "run `make matrix`"
