@@ -27,7 +27,11 @@ demo: $(VENV)/core.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-test-slow: $(VENV)/test.stamp
+$(VENV)/slow.stamp: $(VENV)/test.stamp
+	$(PIP) -e '.[test,tensorflow]'
+	@touch $@
+
+test-slow: $(VENV)/slow.stamp
 	$(BIN)/python -m pytest -m slow
 
 check: lint types imports
@@ -45,8 +49,7 @@ imports: $(VENV)/lint.stamp
 bench: $(VENV)/core.stamp
 	$(BIN)/python -m bench.run --write docs/benchmarks.md
 
-matrix: $(VENV)/test.stamp
-	$(PIP) -e '.[test,tensorflow]'
+matrix: $(VENV)/slow.stamp
 	$(BIN)/python -m bench.matrix --write docs/matrix.md
 
 contest: $(VENV)/test.stamp

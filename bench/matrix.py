@@ -32,12 +32,7 @@ from bitport.targets._base import host
 from . import subjects
 
 SHAPE = (1, 16, 16)
-RECIPES = {
-    "float": "float",
-    "int8": "int8",
-    "int8-dynamic": "int8-dynamic",
-    "int4-weights": "int4-weights",
-}
+RECIPES = ("float", "int8", "int8-dynamic", "int4-weights")
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "cnn": subjects.ThinNet,
     "depthwise": subjects.MobileNet,
@@ -46,6 +41,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 TARGETS = ("onnxruntime", "litert", "executorch", "openvino")
 COLUMNS = ("agreement", "equal", "integer MACs", "size", "speed")
 CALIBRATED_ON, JUDGED_ON, BATCH = 64, 256, 32
+SECONDS = 1.0  # that a speed is measured for; tiny networks need few
 HEADING = "| network | front end | target | recipe | " + " | ".join(COLUMNS) + " |"
 
 
@@ -147,7 +143,7 @@ def cells() -> list[Cell]:
 
 def diagonal() -> list[Cell]:
     """A dozen cells: four of each network, in which no other two parts stay in step."""
-    networks, recipes = tuple(NETWORKS), tuple(RECIPES)
+    networks = tuple(NETWORKS)
     front_ends = [name for name in FRONT_ENDS if name not in LARGE]
     found = []
     for index in range(12):
@@ -156,14 +152,25 @@ def diagonal() -> list[Cell]:
             networks[turn],
             front_ends[index % len(front_ends)],
             TARGETS[(index + turn) % len(TARGETS)],
-            recipes[(index + 2 * turn + 1) % len(recipes)],
+            RECIPES[(index + 2 * turn + 1) % len(RECIPES)],
         )
         found.append(Cell(*parts))
     return found
 
 
-def outcome(cell: Cell, graph: Graph | str, folder: Path) -> Outcome:
-    """One artifact, measured. graph: or why there is none."""
+@functools.cache
+def loaded(network: str, front_end: str) -> Graph | str:
+    """The graph, or why there is none."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            return FRONT_ENDS[front_end](network, Path(scratch))
+        except BitportError as error:
+            return first_line(error)
+
+
+def outcome(cell: Cell, folder: Path) -> Outcome:
+    """One artifact, measured. folder: where it goes."""
+    graph = loaded(cell.network, cell.front_end)
     if isinstance(graph, str):
         return Outcome(failed=graph)
     calibration = list(torch.split(images(CALIBRATED_ON, 1), BATCH))
@@ -177,7 +184,7 @@ def outcome(cell: Cell, graph: Graph | str, folder: Path) -> Outcome:
     try:
         record = api.compress(
             graph,
-            RECIPES[cell.recipe],
+            cell.recipe,
             target=cell.target,
             data=fed(calibration),
             evaluation=fed(judged),
@@ -201,31 +208,15 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
-def outcomes(wanted: Sequence[Cell], seconds: float = 1.0) -> dict[Cell, Outcome]:
-    """Cell after cell; a network is read once by each front end.
-
-    seconds: that a speed is measured for; tiny networks need few.
-    """
+def outcomes(wanted: Sequence[Cell]) -> dict[Cell, Outcome]:
+    """Cell after cell."""
     found: dict[Cell, Outcome] = {}
-    graphs: dict[tuple[str, str], Graph | str] = {}
-    timed = functools.partial(cost.latency, seconds=seconds)
-    with tempfile.TemporaryDirectory() as scratch, patch.object(cost, "latency", timed):
+    briefly = functools.partial(cost.latency, seconds=SECONDS)
+    with tempfile.TemporaryDirectory() as scratch, patch.object(cost, "latency", briefly):
         for index, cell in enumerate(wanted):
-            key = (cell.network, cell.front_end)
-            if key not in graphs:
-                place = Path(scratch) / "-".join(key)
-                place.mkdir()
-                graphs[key] = _loaded(*key, place)
-            found[cell] = outcome(cell, graphs[key], Path(scratch) / str(index))
+            found[cell] = outcome(cell, Path(scratch) / str(index))
             sys.stderr.write(f"{index + 1}/{len(wanted)} {line(cell, found[cell])}\n")
     return found
-
-
-def _loaded(network: str, front_end: str, place: Path) -> Graph | str:
-    try:
-        return FRONT_ENDS[front_end](network, place)
-    except BitportError as error:
-        return first_line(error)
 
 
 # ------------------------------------------------------------------------------------------- the page

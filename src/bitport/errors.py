@@ -25,10 +25,35 @@ Each message names the thing and the remedy, in that order.
 
 from __future__ import annotations
 
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+# What other people's code raises where the parts of what it is given don't fit each other.
+FOREIGN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+# What reading a damaged zip archive raises; RuntimeError also for methods and passwords that zipfile doesn't know.
+UNREADABLE_ARCHIVE = (
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def first_line(error: BaseException) -> str:

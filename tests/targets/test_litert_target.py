@@ -95,16 +95,12 @@ def test_whole_networks_are_equal_to_the_simulator(kernels: str) -> None:
     )  # fmt: skip
     shipped = ship(prepare(net, [images(16)], with_kernels(kernels)), images(32), images(1))
     assert_exact(shipped)
-    assert shipped.inspection.kernels["a"] == ("CONV_2D I8",) or "a" in shipped.inspection.kernels
     assert shipped.inspection.counts["DEPTHWISE_CONV_2D I8"] == 1
 
 
-@pytest.mark.parametrize("padding", [0, 1, 2, "same"])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("padding", "stride"), [(0, 1), (1, 1), (2, 1), ("same", 1), (0, 2), (1, 2), (2, 2)])
 def test_paddings(padding: Any, stride: int) -> None:
     # TFLite's SAME pads in front what torch does only now and then
-    if padding == "same" and stride > 1:
-        pytest.skip("torch has none")
     net = Net(lambda m, x: m.b(m.a(x)), a=conv(3, 8, 4, padding=padding, stride=stride), b=conv(8, 4, 1))
     assert_exact(ship(prepare(net, [images(16)], "litert"), images(8)))
 

@@ -22,7 +22,7 @@ from numpy.lib import format as npy
 
 from bitport.data.batch import Batch
 from bitport.data.images import ImageFolder, Preprocessing
-from bitport.errors import BitportError, DataError
+from bitport.errors import UNREADABLE_ARCHIVE, BitportError, DataError
 
 MAX_BYTES = 8 * 2**30
 MAX_EXPANSION = 200
@@ -131,13 +131,7 @@ class _Archive:
             read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
             shape, by_column, dtype = read(stream)
         except (
-            ValueError,
-            OSError,
-            EOFError,
-            RuntimeError,
-            NotImplementedError,
-            zipfile.BadZipFile,
-            zlib.error,
+            *UNREADABLE_ARCHIVE,
             # NumPy reads a header as a Python literal
             SyntaxError,
             tokenize.TokenError,

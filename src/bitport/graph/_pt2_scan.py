@@ -15,14 +15,12 @@ import io
 import json
 import pickletools
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bitport.errors import LoadError, UnsafeFile
+from bitport.errors import UNREADABLE_ARCHIVE, LoadError, UnsafeFile
 
 MAX_BYTES = 64 * 2**30  # declared size of all members together
 MAX_RATIO = 1100  # deflate can't do better than about 1032; torch stores without compression
@@ -185,16 +183,7 @@ def scanned(path: str | Path) -> io.BytesIO:
             return _rebuild(archive, path.name, lambda n, d: _check_member(n, d, path.name, pickled))
     except zipfile.BadZipFile as error:
         raise LoadError(f"{path.name} is not a .pt2 archive, or is truncated ({error})") from error
-    # ValueError: names that are no UTF-8
-    except (
-        EOFError,
-        OSError,
-        NotImplementedError,
-        RuntimeError,
-        ValueError,
-        zlib.error,
-        struct.error,
-    ) as error:
+    except UNREADABLE_ARCHIVE as error:  # ValueError: names that are no UTF-8
         raise LoadError(f"{path.name} can't be read ({error})") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import zipfile
@@ -183,8 +182,6 @@ def test_a_keras_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_weights_of_another_network_are_told(tmp_path: Path) -> None:
-    if importlib.util.find_spec("keras") is None:
-        pytest.skip("keras isn't installed")
     inner = {"module": "keras.layers", "class_name": "InputLayer", "registered_name": None}
     first = inner | {"config": {"batch_shape": [None, 4], "dtype": "float32", "name": "x"}}
     dense = layer(units=3, name="dense") | {"build_config": {"input_shape": [None, 4]}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +15,6 @@ import bitport
 from bitport.frontends._apart import apart
 from bitport.graph import Graph
 from bitport.graph.archive import load_pt2
-
-if importlib.util.find_spec("keras") is None:
-    pytest.skip("keras isn't installed", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

@@ -54,21 +54,17 @@ def hostile(folder: str) -> None:
     """SavedModels that would run or write something: `python`, `reads`, `writes`."""
     import tensorflow as tf
 
-    class Python(tf.Module):  # type: ignore[misc]
-        @tf.function(input_signature=[tf.TensorSpec([None, 4])])
-        def __call__(self, x: Any) -> Any:
-            return tf.ensure_shape(tf.numpy_function(lambda a: a, [x], tf.float32), [None, 4])
+    def python(x: Any) -> Any:
+        return tf.ensure_shape(tf.numpy_function(lambda a: a, [x], tf.float32), [None, 4])
 
-    class Reads(tf.Module):  # type: ignore[misc]
-        @tf.function(input_signature=[tf.TensorSpec([None, 4])])
-        def __call__(self, x: Any) -> Any:
-            return x + tf.cast(tf.strings.length(tf.io.read_file("/etc/hostname")), tf.float32)
+    def reads(x: Any) -> Any:
+        return x + tf.cast(tf.strings.length(tf.io.read_file("/etc/hostname")), tf.float32)
 
-    class Writes(tf.Module):  # type: ignore[misc]
-        @tf.function(input_signature=[tf.TensorSpec([None, 4])])
-        def __call__(self, x: Any) -> Any:
-            tf.io.write_file(str(Path(folder) / "written"), "here")
-            return x * 2.0
+    def writes(x: Any) -> Any:
+        tf.io.write_file(str(Path(folder) / "written"), "here")
+        return x * 2.0
 
-    for name, module in {"python": Python(), "reads": Reads(), "writes": Writes()}.items():
-        tf.saved_model.save(module, str(Path(folder) / name), signatures=module.__call__)
+    for function in (python, reads, writes):
+        module = tf.Module()
+        module.run = tf.function(function, input_signature=[tf.TensorSpec([None, 4])])
+        tf.saved_model.save(module, str(Path(folder) / function.__name__), signatures=module.run)

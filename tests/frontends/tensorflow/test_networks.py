@@ -1,8 +1,7 @@
-"""SavedModels and `.tflite` files become graphs that compute the same. TensorFlow takes long to load: most is slow."""
+"""SavedModels and `.tflite` files become graphs that compute the same; most of it is run by `make test-slow` alone."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ import bitport
 from bitport.errors import LoadError, MissingDependency, UnsafeFile
 from bitport.frontends._apart import apart
 
-installed = all(importlib.util.find_spec(name) is not None for name in ("tensorflow", "tf2onnx"))
-needs_tensorflow = pytest.mark.skipif(not installed, reason="tensorflow or tf2onnx isn't installed")
 BACKEND = {"KERAS_BACKEND": "tensorflow"}
 
 
@@ -43,7 +40,6 @@ def difference(graph: Any, place: Path) -> float:
         return float(np.abs(found - arrays["y"]).max() / max(1, np.abs(arrays["y"]).max()))
 
 
-@needs_tensorflow
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn", "depthwise", "transformer", "lstm"])
 def test_a_saved_model_computes_the_same(folder: Path, name: str) -> None:
@@ -55,7 +51,6 @@ def test_a_saved_model_computes_the_same(folder: Path, name: str) -> None:
         assert [graph.op(node).kind for node in graph.nodes()].count("lstm") == 2
 
 
-@needs_tensorflow
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn", "depthwise", "transformer"])
 def test_a_tflite_file_computes_the_same(folder: Path, name: str) -> None:
@@ -64,7 +59,6 @@ def test_a_tflite_file_computes_the_same(folder: Path, name: str) -> None:
     assert graph.inputs[0].shape[0] == "batch"
 
 
-@needs_tensorflow
 @pytest.mark.slow
 def test_an_8_bit_tflite_file_gives_its_float_network(folder: Path, tmp_path: Path) -> None:
     graph = bitport.load(folder / "cnn_int8.tflite")
@@ -78,7 +72,6 @@ def test_an_8_bit_tflite_file_gives_its_float_network(folder: Path, tmp_path: Pa
     assert done.measurements["integer.mac_share"] == 1.0
 
 
-@needs_tensorflow
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "told"), [("python", "PyFunc"), ("reads", "ReadFile"), ("writes", "WriteFile")]
@@ -89,7 +82,6 @@ def test_a_program_is_refused_before_it_runs(hostile: Path, name: str, told: str
     assert not (hostile / "written").exists()
 
 
-@needs_tensorflow
 @pytest.mark.slow
 def test_damaged_files_are_told(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "saved_model.pb").write_bytes((folder / "cnn" / "saved_model.pb").read_bytes()[:5000])

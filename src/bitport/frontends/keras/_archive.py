@@ -9,14 +9,12 @@ from __future__ import annotations
 import io
 import json
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bitport.errors import LoadError, UnsafeFile, first_line
+from bitport.errors import UNREADABLE_ARCHIVE, LoadError, UnsafeFile, first_line
 
 CONFIG, WEIGHTS, METADATA = "config.json", "model.weights.h5", "metadata.json"
 LARGEST_CONFIG = 64 * 2**20
@@ -36,7 +34,6 @@ VALUES = {
 }
 RUN_CODE = {"Lambda", "__lambda__", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "TFSMLayer"}
 READ_FILES = {"StringLookup", "IntegerLookup", "TextVectorization", "FeatureSpace", "IndexLookup"}
-UNREADABLE = (EOFError, NotImplementedError, OSError, RuntimeError, ValueError, zlib.error, struct.error)
 
 
 def checked(path: Path) -> None:
@@ -54,7 +51,7 @@ def checked(path: Path) -> None:
                 _read_through(stream, path.name)
     except zipfile.BadZipFile as error:
         raise LoadError(f"{path.name} is no .keras file, or is cut off ({first_line(error)})") from error
-    except UNREADABLE as error:
+    except UNREADABLE_ARCHIVE as error:
         raise LoadError(f"{path.name} can't be read ({first_line(error)})") from error
     _classes(config, path.name)
 

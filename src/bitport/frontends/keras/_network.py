@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitport.errors import BitportError, LoadError, first_line
+from bitport.errors import FOREIGN, BitportError, LoadError, first_line
 from bitport.frontends import pytorch
 from bitport.frontends.keras._archive import check_weights, weights_of
 from bitport.frontends.keras._layers import NATIVE, RECURRENT, Kept, Masked, Recurrent, step_by_step
@@ -27,17 +27,6 @@ from bitport.graph.simplify import drop_identities
 
 BATCH = 2  # of an example that is made up
 LARGEST = 2**28  # numbers in it
-# what Keras and torch raise where a file's parts don't fit each other
-UNFIT = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 class Plain(nn.Module):
@@ -204,7 +193,7 @@ def graph_of(read: Any, examples: Mapping[str, Tensor] | None, dynamic_shapes: A
             continue
         except BitportError:
             raise
-        except UNFIT as error:
+        except FOREIGN as error:
             raise LoadError(f"the network doesn't run on its example inputs: {first_line(error)}") from error
         graph = pytorch.load_module(module, inputs, dynamic_shapes, "cpu", nonfinite)
         drop_identities(graph, dropout=False)
@@ -256,7 +245,7 @@ def read_model(path: Path) -> Any:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", message=".*could not be loaded.*")
             return keras.saving.load_model(path, compile=False, safe_mode=True)
-    except (*UNFIT, UserWarning) as error:
+    except (*FOREIGN, UserWarning) as error:
         raise LoadError(
             f"{path.name} can't be read by Keras {keras.__version__}: {first_line(error)}"
         ) from error

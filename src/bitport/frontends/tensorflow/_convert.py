@@ -6,13 +6,14 @@ its text is read first, and only operators that have a counterpart in ONNX, or k
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bitport.errors import LoadError, UnsafeFile, first_line
+from bitport.errors import FOREIGN, LoadError, UnsafeFile, first_line
 
 OPSET = 18
 SIGNATURE = "serving_default"
@@ -33,17 +34,6 @@ SAVER = re.compile(r"__inference__traced_(save|restore)_\d+")
 NEVER = re.compile(
     r"PyFunc|ReadFile|WriteFile|Reader|Writer|Dataset|Iterator|Print|Save|Restore|Checkpoint|MatchingFiles|Library|"
     r"TextFile|Debug|Rpc|Summary|Dump|Custom|Queue|Barrier|Send|Recv"
-)
-UNFIT = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
 )
 
 
@@ -73,7 +63,7 @@ def saved_model(path: str, out: str) -> None:
                 frozen, name=folder.name, opset=OPSET, input_names=inputs, output_names=outputs,
                 tensors_to_rename=names, initialized_tables=tables,
             )  # fmt: skip
-    except (*UNFIT, tf.errors.OpError) as error:
+    except (*FOREIGN, tf.errors.OpError) as error:
         raise LoadError(f"{folder.name} can't be converted by tf2onnx: {first_line(error)}") from error
     _write(model, out)
 
@@ -86,7 +76,7 @@ def tflite(path: str, out: str) -> None:
 
     try:
         model, _ = convert.from_tflite(path, opset=OPSET)
-    except (*UNFIT, struct.error) as error:
+    except (*FOREIGN, struct.error) as error:
         raise LoadError(f"{Path(path).name} can't be converted by tf2onnx: {first_line(error)}") from error
     _write(model, out)
 
@@ -149,9 +139,9 @@ def _called(node: Any) -> Iterator[str]:
 
 def _convertible() -> set[str]:
     """Operators of TensorFlow that tf2onnx converts."""
-    import tf2onnx.tfonnx  # noqa: F401 (fills the table)
     from tf2onnx.handler import tf_op
 
+    importlib.import_module("tf2onnx.tfonnx")  # fills the table
     versions = [version for versions in tf_op.get_opsets().values() for version in versions]
     return {name for version in versions for name in version if not name.startswith("TFL_")}
 

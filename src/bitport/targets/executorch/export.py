@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from ...errors import ExportError, first_line
+from ...errors import FOREIGN, ExportError, first_line
 from ...graph import Graph
 from ...plan import Plan, lower
 from ...plan.capture import capture
@@ -62,11 +62,13 @@ def export_model(
         "batch": None if first is None else largest[first],
     }
     with quiet():
+        from executorch.exir.error import ExportError as Refused
+        from executorch.exir.error import InternalError
+        from torch._export.verifier import SpecViolationError
+
         try:
             made = _lowered(program, note)
-        except ExportError:
-            raise
-        except Exception as error:
+        except (*FOREIGN, Refused, InternalError, SpecViolationError) as error:
             raise ExportError(f"ExecuTorch refused the network: {first_line(error)}") from error
         path.write_bytes(made.buffer)
 

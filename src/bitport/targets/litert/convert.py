@@ -266,16 +266,16 @@ class Converter:
 
     def arguments(self, node: fx.Node) -> dict[str, Any]:
         """Arguments by name, values in place of nodes, defaults filled in."""
-        schema = node.target._schema  # type: ignore[union-attr]
+        target: Any = node.target
         found = {}
-        for index, parameter in enumerate(schema.arguments):
+        for index, parameter in enumerate(target._schema.arguments):
             if index < len(node.args):
                 given = node.args[index]
             elif parameter.name in node.kwargs:
                 given = node.kwargs[parameter.name]
             else:
                 given = parameter.default_value if parameter.has_default_value() else None
-            found[parameter.name] = fx.map_arg(given, lambda n: self.env[n])
+            found[parameter.name] = fx.map_arg(given, self.env.__getitem__)
         return found
 
     def _call(self, node: fx.Node) -> Any:
@@ -285,16 +285,15 @@ class Converter:
         ):
             return value
         if target is operator.getitem:
-            return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
+            return self._source(node)[node.args[1]]
         if target is QUANTIZE:
             return self._quantize(node)
         if target is DEQUANTIZE:
             return self._dequantize(node)
         if target is QUANTIZE_DYNAMIC:
-            source = self.env[node.args[0]]  # type: ignore[index]
-            return (Ranged(self._real(source)), None, None)
-        if target is torch.ops.aten.to.dtype and _is_half(self.env.get(node.args[0])):  # type: ignore[arg-type]
-            return Dequantized(self.env[node.args[0]], None)  # type: ignore[index]
+            return (Ranged(self._real(self._source(node))), None, None)
+        if target is torch.ops.aten.to.dtype and _is_half(self._source(node)):
+            return Dequantized(self._source(node), None)
         known = self._computed(node)
         if known is not None:
             if target is UNPACK:
@@ -307,6 +306,11 @@ class Converter:
                 "out of the network, or choose another target"
             )
         return row(Call(self, node))
+
+    def _source(self, node: fx.Node) -> Any:
+        """What its first argument stands for."""
+        first = node.args[0]
+        return self.env[first] if isinstance(first, fx.Node) else first
 
     def _real(self, given: Any) -> Value:
         if isinstance(given, Dequantized):
@@ -322,10 +326,10 @@ class Converter:
         given = [self.env[leaf] for leaf in leaves if isinstance(leaf, fx.Node)]
         if not all(isinstance(value, Tensor | int | float | bool) for value in given):
             return None
-        read = lambda n: self.env[n]  # noqa: E731
         assert callable(node.target)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
         with torch.no_grad():
-            found = node.target(*fx.map_arg(node.args, read), **fx.map_arg(node.kwargs, read))
+            found = node.target(*args, **kwargs)
         given_names = [self.names[id(value)] for value in given if id(value) in self.names]
         return self._named(found, given_names[0] if len(given_names) == 1 else self.name(node))
 
