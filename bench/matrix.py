@@ -152,7 +152,7 @@ def diagonal() -> list[Cell]:
             networks[turn],
             front_ends[index % len(front_ends)],
             TARGETS[(index + turn) % len(TARGETS)],
-            RECIPES[(index + 2 * turn + 1) % len(RECIPES)],
+            RECIPES[(index + 2 * turn + 3) % len(RECIPES)],
         )
         found.append(Cell(*parts))
     return found
