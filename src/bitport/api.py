@@ -211,7 +211,11 @@ def compress(
             seed=seed,
             progress=progress,
             notes=list(graph.notes),
-            pace=Pace(runtime, graph, one_sample(graph, first.inputs)) if runtime.executes_integers else None,
+            pace=ending.enter_context(
+                contextlib.closing(Pace(runtime, graph, one_sample(graph, first.inputs)))
+            )
+            if runtime.executes_integers
+            else None,
         )
         with cost.peak_memory() as peak:
             state, resumed = run_steps(graph, explicit, runtime, context, checkpoint)

@@ -224,6 +224,39 @@ class Ruleset:
         return None, objection
 
 
+# ------------------------------------------------------------------ rows that several runtimes share
+
+
+def decoding(takes: FormatCondition | None = None) -> tuple[OpRule, ...]:
+    """Layers whose weights alone are stored narrow, and decoded when the file is loaded."""
+    axes = (("conv", 0), ("linear", 0), ("conv_transpose", 1))
+    layers = (
+        OpRule(
+            (kind,), (None, Weight(axis), None), None, DECODED, "compute",
+            mode="weights", when=constant_weight, takes=takes,
+        )
+        for kind, axis in axes
+    )  # fmt: skip
+    table = OpRule(
+        ("embedding",), (None, Weight(0)), None, DECODED, "compute",
+        mode="weights", when=constant_weight, takes=takes,
+    )  # fmt: skip
+    return (*layers, table)
+
+
+def moving(moves: tuple[str, ...], lookup: str) -> tuple[OpRule, ...]:
+    """What passes integers on. lookup: the kernel that takes rows of a table."""
+    return (
+        OpRule(("embedding",), (None, Shared()), Shared(), lookup, "move"),
+        OpRule(moves, (Shared(),), Shared(), "", "move", when=zero_padding),
+    )
+
+
+def scaling() -> OpRule:
+    """A product with a constant is the same integers on another scale."""
+    return OpRule(("mul_scalar",), (Free(),), Derived("value"), "", "move", when=positive_factor)
+
+
 # ------------------------------------------------------------------ conditions that every integer runtime shares
 
 

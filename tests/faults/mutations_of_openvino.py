@@ -54,6 +54,6 @@ MUTATIONS = (
         "api.py",
         "    runtime.check_installed()\n",
         "",
-        _TESTS + "test_without_the_package",
+        "tests/targets/test_every_runtime.py::test_without_the_package",
     ),
 )

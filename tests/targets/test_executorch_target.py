@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.flow import Net, Prepared, assert_exact, conv, images, prepare, ship, tokens
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import bitport
-from bitport.errors import ExportError, MissingDependency, RecipeError, TargetError
+from bitport.errors import ExportError, RecipeError, TargetError
 from bitport.numerics.arithmetic import QTensor
 from bitport.plan import Plan
 from bitport.targets.executorch import ExecuTorch
@@ -71,23 +71,6 @@ def test_its_script_runs_alone(compressed: bitport.Artifact) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "100.00 % equal" in done.stdout, done.stdout + done.stderr
     assert "bitport" not in (compressed.path / "run.py").read_text().partition("class Network")[2]
-
-
-def test_the_same_plan_on_onnx_runtime(compressed: bitport.Artifact) -> None:
-    record = bitport.verify(compressed.path, [images(16)], target="onnxruntime")
-    assert record["parity.exact_share"] == 1.0 and record["parity.max_steps"] == 0
-
-
-@pytest.mark.slow
-def test_a_plan_of_onnx_runtime_here(tmp_path: Path) -> None:
-    graph, data = bitport.load(digits(), images(4)), [images(16) for _ in range(2)]
-    artifact = bitport.compress(
-        graph, "int8", target="onnxruntime", data=data, out=tmp_path / "out", effort="plain"
-    )
-    record = bitport.verify(artifact.path, [images(16)], target="executorch")
-    assert record["target"] == "executorch"
-    assert record["parity.exact_share"] == 1.0 and record["parity.max_steps"] == 0
-    assert [row["name"] for row in record["integer.float_ops"]] == ["c"]  # its logits leave as float there
 
 
 def test_files_are_the_same_to_the_byte_and_tell_nothing_of_the_machine(
@@ -184,28 +167,6 @@ def test_one_pool_of_threads_for_the_process(prepared: Prepared, folder: Path) -
     with pytest.raises(TargetError, match="one pool of threads for the process"):
         ExecuTorch({"threads": 2}).open(folder)
     assert session.run((images(1),))
-
-
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    graph = bitport.load(digits(), images(2))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "executorch"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "executorch", None)
-    wanted = pytest.raises(MissingDependency, match=r"pip install 'bitport\[executorch\]'")
-    with wanted:
-        ExecuTorch().open(tmp_path)
-    with wanted:
-        ExecuTorch().export(graph, Plan.empty("executorch"), tmp_path)
-    read: list[int] = []
-
-    def data() -> Iterator[Tensor]:
-        read.append(1)
-        yield images(2)
-
-    with wanted:
-        bitport.compress(graph, "int8", target="executorch", data=data, out=tmp_path / "out")
-    assert not read  # before any work
-    assert bitport.targets()["executorch"]["available"] is False
 
 
 # ------------------------------------------------------------------------------------- formats

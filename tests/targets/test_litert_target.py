@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch.nn import functional as F
 
 import bitport
 from bitport.artifact import make_target
-from bitport.errors import ExportError, MissingDependency, RecipeError, TargetError
+from bitport.errors import ExportError, RecipeError, TargetError
 from bitport.plan import Plan
 from bitport.proof.integer import integer_record
 from bitport.recipe import StepSpec
@@ -58,23 +56,6 @@ def test_from_the_recipe_to_the_measured_artifact(tmp_path: Path) -> None:
     assert {path.name for path in artifact.path.glob("model.*")} == {"model.tflite"}
     x = images(3)
     assert torch.equal(artifact.predict(x), bitport.Artifact.load(artifact.path).predict(x))
-
-
-@pytest.mark.parametrize(
-    ("made", "other"),
-    [("onnxruntime", "litert"), pytest.param("litert", "onnxruntime", marks=pytest.mark.slow)],
-)
-def test_the_same_plan_on_the_other_runtime(made: str, other: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    graph, data = bitport.load(digits(), images(4)), [images(16) for _ in range(2)]
-    artifact = bitport.compress(graph, "int8", target=made, data=data, out=tmp_path / "out", effort="plain")
-    record = bitport.verify(artifact.path, [images(16)], target=other)
-    assert record["target"] == other
-    # ONNX Runtime's last layer gives floats out of integers, LiteRT has no such kernel: it runs in float, and is told
-    left = {op["name"]: op["reason"] for op in record["integer.float_ops"]}
-    assert left.keys() == ({"c"} if other == "litert" else set())
-    assert all("it runs as FULLY_CONNECTED" in reason for reason in left.values())
-    assert record["parity.exact_share"] == 1.0 and record["parity.max_steps"] == 0
 
 
 def test_files_are_the_same_to_the_byte_and_tell_nothing_of_the_machine(tmp_path: Path) -> None:
@@ -233,15 +214,3 @@ def test_a_file_that_is_cut_off(keep: int, tmp_path: Path) -> None:
 def test_options_that_mean_nothing(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=rf"\[target\] {next(iter(options))}"):
         LiteRt(options)
-
-
-def test_a_missing_package_is_told_by_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "ai_edge_litert", None)
-    with pytest.raises(MissingDependency, match=r"bitport\[litert\]"):
-        LiteRt().export(bitport.load(digits(), images(4)), Plan.empty("litert"), tmp_path)
-
-
-def test_listing_targets_does_not_load_it() -> None:
-    code = "import sys, bitport; bitport.targets(); print('ai_edge_litert' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitport
-from bitport.errors import MissingDependency, RecipeError, TargetError
+from bitport.errors import RecipeError, TargetError
 from bitport.graph import Graph
 from bitport.plan import Plan
 from bitport.targets.openvino import OpenVino
@@ -49,17 +49,6 @@ def test_from_the_recipe_to_the_measured_artifact(tmp_path: Path) -> None:
     assert found["size"]["compressed_bytes"] == sum(p.stat().st_size for p in artifact.path.glob("model.*"))
     x = images(3)
     assert torch.equal(artifact.predict(x), bitport.Artifact.load(artifact.path).predict(x))
-
-
-@pytest.mark.parametrize(("made", "other"), [("onnxruntime", "openvino"), ("openvino", "onnxruntime")])
-def test_the_same_plan_on_the_other_runtime(made: str, other: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    graph, data = bitport.load(digits(), images(4)), [images(16) for _ in range(2)]
-    artifact = bitport.compress(graph, "int8", target=made, data=data, out=tmp_path / "out", effort="plain")
-    record = bitport.verify(artifact.path, [images(16)], target=other)
-    assert record["target"] == other
-    assert record["integer.mac_share"] == 1.0 and record["integer.float_ops"] == []
-    assert record["parity.exact_share"] >= 0.999 and record["parity.max_steps"] <= 1
 
 
 def test_files_are_the_same_to_the_byte_and_tell_nothing_of_the_machine(tmp_path: Path) -> None:
@@ -295,25 +284,6 @@ def test_a_signal_behind_closed_sessions_does_not_end_the_process(tmp_path: Path
 def test_options() -> None:
     with pytest.raises(RecipeError, match="threads = 0: at least 1"):
         OpenVino({"threads": 0})
-
-
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    graph = bitport.load(digits(), images(2))
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    wanted = pytest.raises(MissingDependency, match=r"pip install 'bitport\[openvino\]'")
-    with wanted:
-        OpenVino().open(tmp_path)
-    read: list[int] = []
-
-    def data() -> Iterator[Tensor]:
-        read.append(1)
-        yield images(2)
-
-    with wanted:
-        bitport.compress(graph, "int8", target="openvino", data=data, out=tmp_path / "out")
-    assert not read  # before any work
-    assert bitport.targets()["openvino"]["available"] is False
-    assert "bitport[openvino]" in bitport.targets()["openvino"]["needs"]
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"<net>" + b])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ class Bench:
         """What a recipe's steps make of the float network. Raises as they do."""
         self._number += 1
         recipe.check()
+        measured = pace.Pace(self.target, self.original, one_sample(self.original, self.choosing[0]))
         context = steps.Context(
             rules=self.target.rules(),
             arithmetic=self.target.arithmetic(),
@@ -106,10 +108,11 @@ class Bench:
             reference=self.original,
             overrides=recipe.overrides,
             seed=int(self.opened.manifest.get("seed") or 0),
-            pace=pace.Pace(self.target, self.original, one_sample(self.original, self.choosing[0])),
+            pace=measured,
         )
         kept = Checkpoint(self.scratch / str(self._number), dict)
-        return run_steps(self.original, recipe.expand(), self.target, context, kept)[0]
+        with contextlib.closing(measured):
+            return run_steps(self.original, recipe.expand(), self.target, context, kept)[0]
 
     def simulated(self, state: State) -> float:
         """How far the simulated outputs are from the float ones."""

@@ -93,6 +93,18 @@ def quantized(call: Call, slot: int) -> QTensor:
     return operand
 
 
+def stored(call: Call) -> QSpec:
+    """How the result is stored. Raises TargetError where floats are wanted of a kernel that gives integers alone."""
+    if call.out is None:
+        raise TargetError(f"{call.kind}: there is no such kernel with float output: quantize its output")
+    return call.out
+
+
+def integer_bias(call: Call) -> QTensor | None:
+    """The int32 bias of a `conv` or `linear` call, where it has one."""
+    return quantized(call, 2) if len(call.operands) > 2 and call.operands[2] is not None else None
+
+
 def along(values: Tensor, ndim: int, axis: int | None) -> Tensor:
     """`values` (0-d or [C]) shaped to broadcast along dimension `axis` of a tensor with `ndim` dimensions.
 

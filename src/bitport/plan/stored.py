@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,28 @@ from ..formats import Format
 from ..graph import Graph
 from ..graph.reading import first_name
 from ..numerics.codes import values
-from ..numerics.packing import pack
+from ..numerics.packing import pack, unpack
 from .constants import constant_codes
 from .model import Plan
 from .ops import DEQUANTIZE, LOOKUP, UNPACK, code_type
+
+
+def unpacked(module: fx.GraphModule) -> dict[str, tuple[int, int]]:
+    """Replace bit streams in a lowered module by integers of a type that torch has, in place.
+
+    Returns: attribute of the buffer → (bits, lowest code), of what was packed.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for node in list(module.graph.find_nodes(op="call_function", target=UNPACK)):
+        args: Any = node.args
+        packed, bits, low, shape = args
+        if packed.target not in found:  # several readers share a buffer: the first one widens it
+            codes = unpack(module.get_buffer(packed.target), bits, math.prod(shape)) + low
+            setattr(module, packed.target, codes.reshape(shape).to(code_type(low, low + 2**bits - 1)))
+            found[packed.target] = bits, low
+        node.replace_all_uses_with(packed)
+        module.graph.erase_node(node)
+    return found
 
 
 class StoredWeights:

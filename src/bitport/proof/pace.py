@@ -41,15 +41,20 @@ class Pace:
 
     def __init__(self, target: Target, original: Graph, inputs: Sequence[Tensor]) -> None:
         self.target, self.original, self.inputs = target, original, inputs
+        self._made: tempfile.TemporaryDirectory[str] | None = None  # the original's file, once it is wanted
 
     def __call__(self, graph: Graph, plan: Plan) -> dict[str, Any]:
         """`cost.latency` of the original's file and of this one's. Raises ExportError, TargetError."""
+        if self._made is None:
+            self._made = tempfile.TemporaryDirectory()
+            self.target.export(self.original, Plan.empty(self.target.name), Path(self._made.name))
+        work = graph.clone()
+        on_grid(work, plan)
         with tempfile.TemporaryDirectory() as scratch:
-            original, made = (Path(scratch) / name for name in ("original", "made"))
-            original.mkdir()
-            made.mkdir()
-            work = graph.clone()
-            on_grid(work, plan)
-            self.target.export(self.original, Plan.empty(self.target.name), original)
-            self.target.export(work, plan, made)
-            return between(self.target, original, made, self.inputs)
+            self.target.export(work, plan, Path(scratch))
+            return between(self.target, Path(self._made.name), Path(scratch), self.inputs)
+
+    def close(self) -> None:
+        """Delete what was written."""
+        if self._made is not None:
+            self._made.cleanup()

@@ -68,7 +68,8 @@ class Session(ABC):
 class Target(ABC):
     """A runtime. A class is abstract or final: nothing implemented here is overridden but what says that it may be.
 
-    `defaults` are the options of a recipe's `[target]` table with their default values; `modules` are what its
+    `defaults` are the options of a recipe's `[target]` table with their default values (`threads` and `io` mean the
+    same everywhere, and are checked here); `modules` are what its
     files import when they run (a fair memory measurement imports them first). `runner` is a module whose class
     `Network` opens the model with the runtime and numpy alone; it ends the artifact's `run.py`. `runs_as_written`:
     nothing is optimized when a file is loaded, so that there is no other way to run it. `byte`: the type of 8-bit
@@ -94,6 +95,10 @@ class Target(ABC):
                 wanted = type(self.defaults[key]).__name__
                 raise RecipeError(f"[target] {key} = {value!r}: expected a value of type {wanted}")
         self.options: dict[str, Any] = {**self.defaults, **options}
+        if self.options.get("threads", 1) < 1:
+            raise RecipeError(f"[target] threads = {self.options['threads']}: at least 1")
+        if self.options.get("io", "float") not in ("float", "integer"):
+            raise RecipeError(f"[target] io = {self.options['io']!r}: expected 'float' or 'integer'")
         self.check_options()
 
     @classmethod

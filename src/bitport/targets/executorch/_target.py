@@ -20,8 +20,9 @@ from ...plan import Plan
 from ...rules import Ruleset
 from ...simulate import Arithmetic
 from .._base import Inspection, Session, Target
+from .._xnnpack import quantize
 from ._sdk import PACKAGE, muted, quiet, runtime
-from .arithmetic import KERNELS, quantize
+from .arithmetic import KERNELS
 from .export import NOTE, export_model
 from .inspect import FORWARD, inspected
 from .table import ruleset

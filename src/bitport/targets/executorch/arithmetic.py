@@ -1,8 +1,7 @@
-"""How XNNPACK computes 8-bit operators in ExecuTorch: the same integers, bit for bit.
+"""How ExecuTorch computes 8-bit operators, with XNNPACK's kernels and its own exporter's biases: bit for bit.
 
 Measured against ExecuTorch 1.5.1 on x86-64 with AVX-512: one-op graphs, signed activations, signed weights, 0
-differing integers. The formulas are those of XNNPACK's kernels (github.com/google/XNNPACK, src/reference and
-src/configs). Other processors sum products of scales otherwise.
+differing integers.
 
 A kernel maps a `Call` to int32 in bitport's signed scheme, which is XNNPACK's own.
 """
@@ -20,26 +19,20 @@ from torch.nn import functional as F
 from ...errors import TargetError
 from ...numerics.arithmetic import (
     Call,
-    QSpec,
     QTensor,
     convolved,
     fma,
+    integer_bias,
     project,
     quantized,
-    requantize_float,
     rne,
+    stored,
 )
 from ...plan.constants import Coded
+from .._xnnpack import HIGH, LOW, add, mul, requantized, rounded_rows
 
-LOW, HIGH = -128, 127
-MULTIPLIER_BITS = 20  # of the larger one of an addition's two
 INT32 = torch.iinfo(torch.int32)
 LARGEST_FLOAT = 2.0**31 - 128  # below 2^31, where a float32 still fits into int32
-
-
-def quantize(values: Tensor, out: QSpec) -> Tensor:
-    """`clip(rne(x·(1/s)) + z)`: multiplied by the reciprocal, float32."""
-    return requantize_float(values, 1 / out.scale, out.zero_point, out.low, out.high)
 
 
 def real_bias(q: Tensor, scale: Tensor) -> Tensor:
@@ -57,35 +50,17 @@ def stored_bias(bias: QTensor) -> QTensor:
 
 def conv(call: Call) -> Tensor:
     """`clip(rne(float32(acc)·(s_x·s_w/s_y)) + z_y)`, the multiplier float32, left to right."""
-    return _finish(call, convolved(call, _bias(call)), 1)
+    return requantized(call, convolved(call, _bias(call)), 1)
 
 
 def linear(call: Call) -> Tensor:
     """As conv."""
-    return _finish(call, project(quantized(call, 0), quantized(call, 1), _bias(call)), -1)
-
-
-def add(call: Call) -> Tensor:
-    """`((a·m_a + b·m_b + 2^(n−1) − m_a·z_a − m_b·z_b) >> n) + z_y`; the larger m = rne(2^n·s/s_y) takes 21 bits."""
-    first, second, out = quantized(call, 0), quantized(call, 1), _out(call)
-    ratios = [float(operand.scale / out.scale) for operand in (first, second)]
-    shift = MULTIPLIER_BITS - (math.frexp(max(ratios))[1] - 1)
-    factors = [round(math.ldexp(ratio, shift)) for ratio in ratios]
-    total = first.centred().long() * factors[0] + second.centred().long() * factors[1]
-    result = ((total + (1 << (shift - 1))) >> shift) + out.zero_point
-    return result.clamp(out.low, out.high).to(torch.int32)
-
-
-def mul(call: Call) -> Tensor:
-    """`clip(rne(float32(a·b)·(s_a·s_b/s_y)) + z_y)` of the operands without their zero points."""
-    a, b, out = quantized(call, 0), quantized(call, 1), _out(call)
-    scale = a.scale * b.scale / out.scale
-    return requantize_float(a.centred() * b.centred(), scale, out.zero_point, out.low, out.high)
+    return requantized(call, project(quantized(call, 0), quantized(call, 1), _bias(call)), -1)
 
 
 def global_avg_pool(call: Call) -> Tensor:
     """`rne(Σ x·m + z′)`, m = s_x/(s_y·n), z′ = z_y − n·z_x·m, float32. x: [B, C, H, W]."""
-    x, out = quantized(call, 0), _out(call)
+    x, out = quantized(call, 0), stored(call)
     count = math.prod(x.q.shape[2:])
     factor = x.scale / (out.scale * count)
     total = x.q.sum(dim=list(range(2, x.q.ndim)), keepdim=True, dtype=torch.int64).float()
@@ -102,7 +77,8 @@ def linear_dynamic(call: Call) -> Tensor:
     x, weight, bias = (*call.operands, None)[:3]
     if not isinstance(x, Tensor) or not isinstance(weight, Coded):
         raise TargetError(f"{call.kind}: takes a float input and a stored weight")
-    q, scale = rounded_rows(x)
+    q, factor = rounded_rows(x)
+    scale = 1 / factor
     if weight.grid.format.group:
         grid = replace(weight.grid, scale=weight.grid.scale.bfloat16().float())
         return F.linear(q.float() * scale, replace(weight, grid=grid).dequantize(), bias)
@@ -110,20 +86,6 @@ def linear_dynamic(call: Call) -> Tensor:
     codes = QTensor(weight.codes.to(torch.int32), one, zero, LOW, HIGH)
     real = project(QTensor(q, one, zero, LOW - HIGH, HIGH - LOW), codes).float() * scale
     return fma(real, weight.grid.scale, torch.zeros(()) if bias is None else bias)
-
-
-def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(integers without zero points int32, scales float32 [..., 1]) of x [..., K].
-
-    r = 255/(max(x, 0) − min(x, 0)) of a row; the zero point is counted from the end where that errs less.
-    """
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    factor = torch.where(low == high, torch.ones_like(low), (HIGH - LOW) / (high - low))
-    below, above = low * factor, high * factor
-    zero = torch.where((LOW + below) + (HIGH + above) > 0, LOW - below, HIGH - above)
-    zero = rne(zero, LOW, HIGH)
-    q = rne(x * factor, LOW - HIGH, HIGH - LOW) + zero
-    return q.clamp(LOW, HIGH) - zero, 1 / factor
 
 
 KERNELS: dict[str, Callable[[Call], Tensor]] = {
@@ -137,17 +99,6 @@ KERNELS: dict[str, Callable[[Call], Tensor]] = {
 
 
 def _bias(call: Call) -> QTensor | None:
-    found = call.operands[2] if len(call.operands) > 2 else None
+    found = integer_bias(call)
+    return None if found is None else stored_bias(found)
     return stored_bias(found) if isinstance(found, QTensor) else None
-
-
-def _finish(call: Call, acc: Tensor, axis: int) -> Tensor:
-    out = _out(call)
-    scale = quantized(call, 0).scale * quantized(call, 1).scale / out.scale
-    return requantize_float(acc, scale, out.zero_point, out.low, out.high, axis)
-
-
-def _out(call: Call) -> QSpec:
-    if call.out is None:
-        raise TargetError(f"{call.kind}: XNNPACK has no such kernel with float output: quantize its output")
-    return call.out

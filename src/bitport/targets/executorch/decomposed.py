@@ -6,7 +6,6 @@ operator of their own, and biases are float32 numbers that the exporter rounds a
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +15,9 @@ import torch.ao.quantization.fx._decomposed
 from torch import fx
 
 from ...graph import Graph
-from ...numerics.packing import unpack
 from ...plan.lower import QUANTIZED, Lowered
-from ...plan.ops import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC, UNPACK
+from ...plan.ops import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC
+from ...plan.stored import unpacked
 from .arithmetic import real_bias
 from .table import DELEGATED
 
@@ -46,8 +45,7 @@ class _Decomposer:
         self.made: dict[fx.Node, tuple[Any, ...]] = {}
 
     def run(self, taps: bool) -> tuple[str, ...]:
-        for node in list(self.nodes.find_nodes(op="call_function", target=UNPACK)):
-            self._unpack(node)
+        unpacked(self.module)  # narrow weights travel as int8, and XNNPACK's exporter packs them
         for node in list(self.nodes.find_nodes(op="call_function", target=QUANTIZE_DYNAMIC)):
             self._quantize_rows(node)
         self._move_in_float()
@@ -116,17 +114,6 @@ class _Decomposer:
         for user in [user for user in node.users if user is not real]:
             user.replace_input_with(node, clamped)
         return clamped
-
-    def _unpack(self, node: fx.Node) -> None:
-        """Torch has no 4-bit tensors: what is narrow travels as int8, and XNNPACK's exporter packs it."""
-        args: Any = node.args
-        packed, bits, low, shape = args
-        if (
-            self._tensor(packed).dtype == torch.uint8
-        ):  # several readers share a buffer: the first one unpacks it
-            codes = unpack(self._tensor(packed), bits, math.prod(shape)) + low
-            setattr(self.module, str(packed.target), codes.reshape(shape).to(torch.int8))
-        self._pass(node, packed)
 
     def _quantize_rows(self, node: fx.Node) -> None:
         """A range for each row, which is how XNNPACK takes ranges while running."""

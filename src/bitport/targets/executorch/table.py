@@ -16,12 +16,11 @@ from ...rules import (
     OpRule,
     Ranged,
     Ruleset,
-    Shared,
     Weight,
     constant_weight,
+    moving,
     plain_sum,
     zero_padded_contraction,
-    zero_padding,
 )
 
 STATIC = "qs8"  # behind a kernel's name: integers in and out
@@ -101,8 +100,7 @@ def ruleset() -> Ruleset:
         OpRule(
             ("global_avg_pool",), (Free(),), Free(), f"GlobalAvgPooling2d {STATIC}", "elementwise", when=_image
         ),
-        OpRule(("embedding",), (None, Shared()), Shared(), "embedding", "move"),
-        OpRule(MOVES, (Shared(),), Shared(), "", "move", when=zero_padding),
+        *moving(MOVES, "embedding"),
     )  # fmt: skip
     return Ruleset(
         "executorch",

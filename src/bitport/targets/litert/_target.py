@@ -38,10 +38,6 @@ class LiteRt(Target):
     defaults: ClassVar[Mapping[str, Any]] = {"threads": 1, "io": "float", "kernels": "xnnpack"}
 
     def check_options(self) -> None:
-        if self.options["threads"] < 1:
-            raise RecipeError(f"[target] threads = {self.options['threads']}: at least 1")
-        if self.options["io"] not in ("float", "integer"):
-            raise RecipeError(f"[target] io = {self.options['io']!r}: expected 'float' or 'integer'")
         if self.options["kernels"] not in KERNELS:
             raise RecipeError(
                 f"[target] kernels = {self.options['kernels']!r}: expected 'xnnpack' (fast) or 'reference' (plain C++)"

@@ -111,14 +111,6 @@ def unary(kind: str, table: str | None = None, key: str = "self") -> Callable[[C
     return write
 
 
-def relu(call: Call) -> Value:
-    """In integers a rounding that saturates where the result's numbers begin, at 0."""
-    x = call.read("self")
-    if call.integer:
-        return call.give("QUANTIZE", [x], last=x.last, options={"table": "Quantize"})
-    return call.give("RELU", [x], last=x.last)
-
-
 def leaky_relu(call: Call) -> Value:
     x = call.read("self")
     options = {"table": "LeakyRelu", "alpha": float(call["negative_slope"])}
@@ -332,7 +324,7 @@ ROWS: dict[Any, Row] = {
     aten.ceil.default: unary("CEIL"),
     aten.round.default: unary("ROUND"),
     aten.hardswish.default: unary("HARD_SWISH", "HardSwish"),
-    aten.relu.default: relu,
+    aten.relu.default: unary("RELU"),
     aten.relu6.default: unary("RELU6"),
     aten.leaky_relu.default: leaky_relu,
     aten.elu.default: elu,

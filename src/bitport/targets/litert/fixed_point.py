@@ -8,41 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ...errors import TargetError
-from ...numerics.arithmetic import Call, QSpec, QTensor, along
+from ...numerics.arithmetic import QSpec, along
 
 FRACTION = 31  # bits
-LOW, HIGH = -128, 127
-
-
-def in_float(call: Call) -> Tensor:
-    """A product that a plan of another runtime takes as floats out of an integer kernel: LiteRT multiplies floats."""
-    x, weight, *bias = (v.dequantize() if isinstance(v, QTensor) else v for v in call.operands)
-    return torch.matmul(x, weight) if call.kind == "matmul" else F.linear(x, weight, *bias)
-
-
-def linear_dynamic(call: Call) -> Tensor:
-    """FULLY_CONNECTED of floats with stored weights: each row is rounded to 8 bits on a range of its own.
-
-    operands: x float [..., I], weight `Coded` [O, I], bias float or None. The range holds 0, which is an integer.
-    """
-    x, weight, bias = call.operands
-    smallest, largest = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    span = largest - smallest
-    scale = torch.where(span == 0, torch.ones_like(span), (HIGH - LOW) / span)
-    below, above = smallest * scale, largest * scale
-    zero = torch.where(LOW + below + HIGH + above > 0, LOW - below, HIGH - above).clamp(LOW, HIGH).round()
-    q = (torch.round(x * scale) + zero).clamp(LOW, HIGH)
-    return F.linear((q - zero) / scale, weight.dequantize(), bias)
-
-
-def out_of(call: Call) -> QSpec:
-    """How a result is stored. Raises TargetError where it isn't."""
-    if call.out is None:
-        raise TargetError(f"{call.kind}: LiteRT's integer kernel gives integers: quantize its output")
-    return call.out
 
 
 def split(multiplier: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,6 @@ from .convert import Call, Dequantized, Ranged, Row, shape_of
 
 VALID, SAME = 1, 0
 aten = torch.ops.aten
-PADDED = {"table": "Pad"}
 
 
 # ------------------------------------------------------------------ space
@@ -61,12 +60,11 @@ def _same(
 
 
 def _padded(call: Call, x: Value, before: Sequence[int], after: Sequence[int], value: Tensor | None) -> Value:
-    """Height and width made longer, by zeros or by `value`; x: channels last."""
+    """The axes of space made longer, by zeros or by `value`; x: channels last."""
     if not any(before) and not any(after):
         return x
-    shape = list(x.shape)
-    for axis in (0, 1):
-        shape[axis + 2] = shape[axis + 2] + before[axis] + after[axis]
+    space = (n + a + b for n, a, b in zip(x.shape[2:], before, after, strict=True))
+    shape = [*x.shape[:2], *space]
     rows = [[0, 0], *([a, b] for a, b in zip(before, after, strict=True)), [0, 0]]
     widths = call.b.constant(torch.tensor(rows, dtype=torch.int32), "padding")
     if value is None:
@@ -171,15 +169,8 @@ def _conv3d(call: Call) -> Value:
     weight = call["weight"]
     if not isinstance(weight, Tensor) or call["groups"] != 1:
         raise ExportError(f"{call.name}: LiteRT has 3-D convolutions of float weights without groups only")
-    kernel, stride, dilation = weight.shape[2:], spread(call["stride"], 3), spread(call["dilation"], 3)
-    padding = spread(call["padding"], 3)
-    x = call.read("input", last=True)
-    if any(padding):
-        rows = [[0, 0], *([p, p] for p in padding), [0, 0]]
-        shape = [*x.shape[:2], *(n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True))]
-        widths = call.b.constant(torch.tensor(rows, dtype=torch.int32), "padding")
-        x = call.step("PAD", [x, widths], shape, last=True, table="Pad")
-    del kernel
+    stride, dilation, padding = (spread(call[key], 3) for key in ("stride", "dilation", "padding"))
+    x = _padded(call, call.read("input", last=True), padding, padding, None)
     w = rearranged(call, "weight", lambda t: t.permute(2, 3, 4, 1, 0), 4)
     options = {
         "table": "Conv3D", "padding": VALID, "strideD": stride[0], "strideH": stride[1], "strideW": stride[2],
@@ -344,12 +335,6 @@ def _pool(call: Call, kind: str, kernel: Any, stride: Any, padding: Any, ndim: i
         made = call.b.emit(
             kind, [x], out, name=call.name, dtype=x.dtype, quant=x.quant, last=True, options=options
         )
-    elif call.integer and kind == "AVERAGE_POOL_2D":
-        # its kernel has one scale; the other one is a rounding of its own
-        made = call.b.emit(
-            kind, [x], out, name=f"{call.name}/mean", dtype=x.dtype, quant=x.quant, last=True, options=options
-        )
-        made = call.give("QUANTIZE", [made], out, last=True, options={"table": "Quantize"})
     else:
         made = call.give(kind, [x], out, last=True, options=options)
     return _finish(call, made)

@@ -14,26 +14,37 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...numerics.arithmetic import Call, QTensor, along, convolved, multiply, project, quantize, quantized
+from ...numerics.arithmetic import (
+    Call,
+    along,
+    convolved,
+    integer_bias,
+    multiply,
+    project,
+    quantize,
+    quantized,
+    stored,
+)
 from ...simulate import Arithmetic
-from .fixed_point import FRACTION, away, by_parts, in_float, linear_dynamic, multiplied, out_of, scaled, split
+from .fixed_point import FRACTION, away, by_parts, multiplied, scaled, split
+from .floats import in_float, linear_dynamic
 
 LEFT_SHIFT = 20  # of an add's operands, so that their bits aren't lost
 
 
 def conv(call: Call) -> Tensor:
     """A 31-bit multiplier per channel, rounded twice."""
-    out = out_of(call)
+    out = stored(call)
     factor = quantized(call, 0).scale.double() * quantized(call, 1).scale.double() / out.scale.double()
-    return multiplied(convolved(call, _bias(call)), factor, out, 1)
+    return multiplied(convolved(call, integer_bias(call)), factor, out, 1)
 
 
 def linear(call: Call) -> Tensor:
     """In double, half away from zero."""
     if call.out is None:
         return in_float(call)
-    x, weight, out = quantized(call, 0), quantized(call, 1), out_of(call)
-    acc = project(x, weight, _bias(call))
+    x, weight, out = quantized(call, 0), quantized(call, 1), stored(call)
+    acc = project(x, weight, integer_bias(call))
     factor = x.scale.double() * weight.scale.double() / out.scale.double()
     values = away(acc.double() * along(factor, acc.ndim, -1))
     return (values + out.zero_point).clamp(out.low, out.high).to(torch.int32)
@@ -43,13 +54,13 @@ def matmul(call: Call) -> Tensor:
     """A 31-bit multiplier, rounded twice."""
     if call.out is None:
         return in_float(call)
-    a, b, out = quantized(call, 0), quantized(call, 1), out_of(call)
+    a, b, out = quantized(call, 0), quantized(call, 1), stored(call)
     return multiplied(multiply(a, b), a.scale.double() * b.scale.double() / out.scale.double(), out)
 
 
 def add(call: Call) -> Tensor:
     """Both operands shifted by 20 bits, brought to twice the larger scale, added, and scaled back."""
-    a, b, out = quantized(call, 0), quantized(call, 1), out_of(call)
+    a, b, out = quantized(call, 0), quantized(call, 1), stored(call)
     twice = 2 * torch.maximum(a.scale, b.scale).double()
     parts = [scaled(t.centred().long() << LEFT_SHIFT, t.scale.double() / twice) for t in (a, b)]
     return multiplied(parts[0] + parts[1], twice / (2.0**LEFT_SHIFT * out.scale.double()), out)
@@ -57,14 +68,14 @@ def add(call: Call) -> Tensor:
 
 def mul(call: Call) -> Tensor:
     """A 31-bit multiplier, rounded twice."""
-    a, b, out = quantized(call, 0), quantized(call, 1), out_of(call)
+    a, b, out = quantized(call, 0), quantized(call, 1), stored(call)
     factor = a.scale.double() * b.scale.double() / out.scale.double()
     return multiplied(a.centred() * b.centred(), factor, out)
 
 
 def global_avg_pool(call: Call) -> Tensor:
     """A 31-bit multiplier that is divided by n, cut off."""
-    x, out = quantized(call, 0), out_of(call)
+    x, out = quantized(call, 0), stored(call)
     dims = list(range(2, x.q.ndim))
     total = x.centred().sum(dim=dims, keepdim=True, dtype=torch.int64)
     count = math.prod(x.q.shape[2:])
@@ -76,7 +87,7 @@ def global_avg_pool(call: Call) -> Tensor:
 
 def sigmoid(call: Call) -> Tensor:
     """A table of 256 entries."""
-    return quantize(torch.sigmoid(quantized(call, 0).dequantize()), out_of(call))
+    return quantize(torch.sigmoid(quantized(call, 0).dequantize()), stored(call))
 
 
 KERNELS: dict[str, Callable[[Call], Tensor]] = {
@@ -90,7 +101,3 @@ KERNELS: dict[str, Callable[[Call], Tensor]] = {
     "sigmoid": sigmoid,
 }
 ARITHMETIC = Arithmetic(KERNELS, quantize=quantize)
-
-
-def _bias(call: Call) -> QTensor | None:
-    return quantized(call, 2) if len(call.operands) > 2 and call.operands[2] is not None else None

@@ -10,7 +10,6 @@ from torch import fx
 from ...formats import Format
 from ...graph import Graph, Op
 from ...rules import (
-    DECODED,
     Derived,
     Fixed,
     Free,
@@ -18,13 +17,13 @@ from ...rules import (
     OpRule,
     Ranged,
     Ruleset,
-    Shared,
     Weight,
     constant_weight,
+    decoding,
+    moving,
     plain_sum,
-    positive_factor,
+    scaling,
     zero_padded_contraction,
-    zero_padding,
 )
 
 MOVES = (
@@ -87,20 +86,9 @@ def ruleset(kernels: str, *, integer_io: bool = False) -> Ruleset:
         OpRule(("mul",), (Free(),), Free(), "MUL", "elementwise", clamps=True),
         OpRule(("global_avg_pool",), (Free(),), Free(), "MEAN", "elementwise"),
         OpRule(("sigmoid",), (Free(),), Fixed(0.0, 1.0), "LOGISTIC", "elementwise"),
-        *(
-            OpRule(
-                (kind,), (None, Weight(axis), None), None, DECODED, "compute",
-                mode="weights", when=constant_weight, takes=_stored,
-            )
-            for kind, axis in (("conv", 0), ("linear", 0), ("conv_transpose", 1))
-        ),
-        OpRule(
-            ("embedding",), (None, Weight(0)), None, DECODED, "compute",
-            mode="weights", when=constant_weight, takes=_stored,
-        ),
-        OpRule(("mul_scalar",), (Free(),), Derived("value"), "", "move", when=positive_factor),
-        OpRule(("embedding",), (None, Shared()), Shared(), "GATHER", "move"),
-        OpRule(MOVES, (Shared(),), Shared(), "", "move", when=zero_padding),
+        *decoding(_stored),
+        scaling(),
+        *moving(MOVES, "GATHER"),
     )  # fmt: skip
     return Ruleset(
         "litert",

@@ -55,14 +55,10 @@ class OnnxRuntime(Target):
     }
 
     def check_options(self) -> None:
-        if self.options["threads"] < 1:
-            raise RecipeError(f"[target] threads = {self.options['threads']}: at least 1")
         if self.options["opset"] not in OPSETS:
             raise RecipeError(
                 f"[target] opset = {self.options['opset']}: {OPSETS[0]} to {OPSETS[-1]} are supported"
             )
-        if self.options["io"] not in ("float", "integer"):
-            raise RecipeError(f"[target] io = {self.options['io']!r}: expected 'float' or 'integer'")
         if self.options["accuracy_level"] not in LEVELS:
             raise RecipeError(
                 f"[target] accuracy_level = {self.options['accuracy_level']}: expected 0 or 1 (MatMulNBits multiplies "

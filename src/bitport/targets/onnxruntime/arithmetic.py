@@ -30,6 +30,7 @@ from bitport.numerics.arithmetic import (
     along,
     convolved,
     fma,
+    integer_bias,
     multiply,
     project,
     quantize,
@@ -37,6 +38,7 @@ from bitport.numerics.arithmetic import (
     requantize_float,
     rne,
     spread,
+    stored,
 )
 from bitport.targets.onnxruntime.float_ops import FLOAT_OPS, ordered_sum
 
@@ -48,7 +50,7 @@ SHIFT = 128
 def conv(call: Call) -> Tensor:
     """QLinearConv: `clip(rne(float32(acc)·(s_x·s_w/s_y)) + z_y)`, the multiplier float32, left to right."""
     scale = quantized(call, 0).scale * quantized(call, 1).scale
-    return _finish(call, convolved(call, _int_bias(call)), scale, 1)
+    return _finish(call, convolved(call, integer_bias(call)), scale, 1)
 
 
 def linear(call: Call) -> Tensor:
@@ -64,7 +66,7 @@ def linear(call: Call) -> Tensor:
                 "linear: a float bias with an integer output: give the bias as int32 of scale s_x·s_w"
             )
         return _finish(call, project(x, weight), x.scale * weight.scale, -1) + bias
-    return _finish(call, project(x, weight, _int_bias(call)), x.scale * weight.scale, -1)
+    return _finish(call, project(x, weight, integer_bias(call)), x.scale * weight.scale, -1)
 
 
 def matmul(call: Call) -> Tensor:
@@ -98,7 +100,7 @@ def add(call: Call) -> Tensor:
 
     The operands change places where the first one is constant along the innermost broadcast span.
     """
-    first, second, out = quantized(call, 0), quantized(call, 1), _out(call)
+    first, second, out = quantized(call, 0), quantized(call, 1), stored(call)
     if _is_span_scalar(first.q.shape, second.q.shape):
         first, second = second, first
     ratio_a, ratio_b = first.scale / out.scale, second.scale / out.scale
@@ -110,21 +112,21 @@ def add(call: Call) -> Tensor:
 
 def mul(call: Call) -> Tensor:
     """QLinearMul: `rne((a − z_a)·(b − z_b)·(s_a·s_b/s_y) + z_y)`, multiply and add rounded apart."""
-    a, b, out = quantized(call, 0), quantized(call, 1), _out(call)
+    a, b, out = quantized(call, 0), quantized(call, 1), stored(call)
     scaled = (a.centred() * b.centred()).float() * (a.scale * b.scale / out.scale)
     return _signed(scaled + _unsigned(out.zero_point), out)
 
 
 def cat(call: Call) -> Tensor:
     """QLinearConcat: a copy where scale and zero point are the output's, else dequantize and quantize."""
-    out = _out(call)
+    out = stored(call)
     parts = [_requantized(quantized(call, i), out) for i in range(len(call.operands))]
     return torch.cat(parts, call.attrs["dim"])
 
 
 def where(call: Call) -> Tensor:
     """QLinearWhere: both sides as in QLinearConcat. operands: (condition: bool tensor, x, y), broadcast."""
-    condition, out = call.operands[0], _out(call)
+    condition, out = call.operands[0], stored(call)
     if not isinstance(condition, Tensor):
         raise TargetError("where: the condition must be a bool tensor, not a quantized one")
     first, second = (_requantized(quantized(call, slot), out) for slot in (1, 2))
@@ -136,7 +138,7 @@ def global_avg_pool(call: Call) -> Tensor:
 
     x: [B, C, *space]; the mean is over *space, whose dimensions are kept with size 1.
     """
-    x, out = quantized(call, 0), _out(call)
+    x, out = quantized(call, 0), stored(call)
     dims = list(range(2, x.q.ndim))
     total = x.centred().sum(dim=dims, keepdim=True, dtype=torch.int64).to(torch.int32)
     count = math.prod(x.q.shape[2:])
@@ -149,7 +151,7 @@ def avg_pool(call: Call) -> Tensor:
     Raises TargetError for padded windows that overhang in ceil_mode and count the padding (ONNX Runtime
     divides them by the whole kernel, which is wrong by tens of steps), and for a divisor of one's own.
     """
-    x, out, attrs = quantized(call, 0), _out(call), call.attrs
+    x, out, attrs = quantized(call, 0), stored(call), call.attrs
     if attrs.get("divisor_override"):
         raise TargetError(
             "avg_pool: ONNX Runtime has no divisor_override: use a plain pool and scale its result"
@@ -195,7 +197,7 @@ def max_pool(call: Call) -> Tensor:
         bool(attrs.get("ceil_mode")),
     )
     moved = QTensor(pooled.to(torch.int32), x.scale, x.zero_point, x.low, x.high, x.axis)
-    return _requantized(moved, _out(call))
+    return _requantized(moved, stored(call))
 
 
 def softmax(call: Call) -> Tensor:
@@ -206,7 +208,7 @@ def softmax(call: Call) -> Tensor:
     Raises TargetError where `e·floor(1/s_y)` overflows and ONNX Runtime returns the zero point instead: on an
     axis of size 1, or with an output scale so small that it can't hold the maximum.
     """
-    x, out, dim = quantized(call, 0), _out(call), call.attrs["dim"]
+    x, out, dim = quantized(call, 0), stored(call), call.attrs["dim"]
     levels = x.q.movedim(dim, -1)
     length = levels.shape[-1]
     step = float(x.scale)
@@ -233,12 +235,12 @@ def leaky_relu(call: Call) -> Tensor:
     """QLinearLeakyRelu: a table of 256 entries: dequantize, `x ≥ 0 ? x : slope·x`, quantize."""
     x = quantized(call, 0).dequantize()
     slope = torch.tensor(call.attrs["negative_slope"], dtype=torch.float32)
-    return quantize(torch.where(x >= 0, x, x * slope), _out(call))
+    return quantize(torch.where(x >= 0, x, x * slope), stored(call))
 
 
 def relu(call: Call) -> Tensor:
     """Dequantize, relu, quantize. (Where the output's zero point is its lowest integer, relu is dropped.)"""
-    return quantize(quantized(call, 0).dequantize().relu(), _out(call))
+    return quantize(quantized(call, 0).dequantize().relu(), stored(call))
 
 
 KERNELS: dict[str, Callable[[Call], Tensor]] = {
@@ -259,18 +261,6 @@ KERNELS: dict[str, Callable[[Call], Tensor]] = {
     "relu": relu,
 }
 """Operators that ONNX Runtime computes on integers. Everything else runs in float32: FLOAT_OPS."""
-
-
-def _out(call: Call) -> QSpec:
-    if call.out is None:
-        raise TargetError(
-            f"{call.kind}: ONNX Runtime has no such kernel with float output: quantize its output"
-        )
-    return call.out
-
-
-def _int_bias(call: Call) -> QTensor | None:
-    return quantized(call, 2) if len(call.operands) > 2 and call.operands[2] is not None else None
 
 
 def _finish(call: Call, acc: Tensor, scale: Tensor, axis: int) -> Tensor:
@@ -296,7 +286,7 @@ def _requantized(x: QTensor, out: QSpec) -> Tensor:
 
 
 def _float_inside(call: Call, kind: str) -> Tensor:
-    return quantize(FLOAT_OPS[kind](call.attrs, quantized(call, 0).dequantize()), _out(call))
+    return quantize(FLOAT_OPS[kind](call.attrs, quantized(call, 0).dequantize()), stored(call))
 
 
 def _is_span_scalar(first: torch.Size, second: torch.Size) -> bool:

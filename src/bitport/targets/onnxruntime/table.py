@@ -13,7 +13,6 @@ from ...formats import Format
 from ...graph import Graph, Op
 from ...rules import (
     ANY_WEIGHT,
-    DECODED,
     Derived,
     Fixed,
     FormatCondition,
@@ -22,13 +21,13 @@ from ...rules import (
     OpRule,
     Ranged,
     Ruleset,
-    Shared,
     Weight,
     constant_weight,
+    decoding,
+    moving,
     plain_sum,
-    positive_factor,
+    scaling,
     zero_padded_contraction,
-    zero_padding,
 )
 from .._base import has_integer_dot_product
 from .blockwise import ROUNDS_ACTIVATIONS, layout
@@ -127,15 +126,7 @@ def ruleset(*, integer_io: bool = False, level: int = ROUNDS_ACTIVATIONS) -> Rul
             ("linear",), (None, Weight(0), None), None, "MatMulNBits", "compute",
             mode="weights", when=constant_weight, takes=_in_blocks(level),
         ),
-        OpRule(
-            ("conv", "linear"), (None, Weight(0), None), None, DECODED, "compute",
-            mode="weights", when=constant_weight,
-        ),
-        OpRule(
-            ("conv_transpose",), (None, Weight(1), None), None, DECODED, "compute",
-            mode="weights", when=constant_weight,
-        ),
-        OpRule(("embedding",), (None, Weight(0)), None, DECODED, "compute", mode="weights", when=constant_weight),
+        *decoding(),
         OpRule(("matmul",), (Free(),), Free(), "QLinearMatMul", "compute", float_output=True),
         OpRule(("add",), (Free(),), Free(), "QLinearAdd", "elementwise", clamps=True, when=plain_sum),
         OpRule(("mul",), (Free(),), Free(), "QLinearMul", "elementwise", clamps=True),
@@ -143,9 +134,8 @@ def ruleset(*, integer_io: bool = False, level: int = ROUNDS_ACTIVATIONS) -> Rul
         OpRule(("leaky_relu",), (Free(),), Free(), "QLinearLeakyRelu", "elementwise"),
         OpRule(("sigmoid",), (Free(),), Fixed(0.0, 1.0), "QLinearSigmoid", "elementwise"),
         OpRule(("relu",), (Free(),), Free(), "QuantizeLinear", "elementwise"),
-        OpRule(("mul_scalar",), (Free(),), Derived("value"), "", "move", when=positive_factor),
-        OpRule(("embedding",), (None, Shared()), Shared(), "Gather", "move"),
-        OpRule(MOVES, (Shared(),), Shared(), "", "move", when=zero_padding),
+        scaling(),
+        *moving(MOVES, "Gather"),
     )  # fmt: skip
     return Ruleset(
         "onnxruntime",

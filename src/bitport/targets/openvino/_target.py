@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import ExportError, MissingDependency, RecipeError, TargetError
+from ...errors import ExportError, MissingDependency, TargetError
 from ...graph import Graph
 from ...plan import Plan, lower
 from ...plan.lower import QUANTIZED
@@ -40,10 +40,6 @@ class OpenVino(Target):
     modules = ("openvino",)
     runner = Path(__file__).with_name("_load.py")
     defaults: ClassVar[Mapping[str, Any]] = {"threads": 1}
-
-    def check_options(self) -> None:
-        if self.options["threads"] < 1:
-            raise RecipeError(f"[target] threads = {self.options['threads']}: at least 1")
 
     def rules(self) -> Ruleset:
         return ruleset()

@@ -10,19 +10,17 @@ from torch import fx
 from ...formats import GRANULARITIES, Format
 from ...graph import Graph, Op
 from ...rules import (
-    DECODED,
     Derived,
     Free,
     Holds,
     OpRule,
     Ruleset,
-    Shared,
     Weight,
-    constant_weight,
+    decoding,
+    moving,
     plain_sum,
-    positive_factor,
+    scaling,
     zero_padded_contraction,
-    zero_padding,
 )
 from .._base import has_integer_dot_product
 
@@ -84,20 +82,9 @@ def ruleset() -> Ruleset:
         OpRule(("global_avg_pool",), (Free(),), Free(), "Reduce", "elementwise"),
         OpRule(("avg_pool",), (Free(),), Free(), "Pooling", "elementwise"),
         OpRule(("relu",), (Free(),), Free(), "FakeQuantize", "elementwise"),
-        *(
-            OpRule(
-                (kind,), (None, Weight(axis), None), None, DECODED, "compute",
-                mode="weights", when=constant_weight, takes=_stored,
-            )
-            for kind, axis in (("conv", 0), ("linear", 0), ("conv_transpose", 1))
-        ),
-        OpRule(
-            ("embedding",), (None, Weight(0)), None, DECODED, "compute",
-            mode="weights", when=constant_weight, takes=_stored,
-        ),
-        OpRule(("mul_scalar",), (Free(),), Derived("value"), "", "move", when=positive_factor),
-        OpRule(("embedding",), (None, Shared()), Shared(), "Gather", "move"),
-        OpRule(MOVES, (Shared(),), Shared(), "", "move", when=zero_padding),
+        *decoding(_stored),
+        scaling(),
+        *moving(MOVES, "Gather"),
     )  # fmt: skip
     return Ruleset(
         "openvino",

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import fx
 from torch.nn import functional as F
 
-from ...numerics.packing import pack, unpack
+from ...numerics.packing import pack
 from ...plan.lower import Lowered
-from ...plan.ops import DEQUANTIZE, UNPACK, code_type
+from ...plan.ops import DEQUANTIZE
+from ...plan.stored import unpacked
 from .._onnx import AGAIN
 
 if TYPE_CHECKING:
@@ -39,17 +40,10 @@ class Narrow:
 def widened(lowered: Lowered) -> Narrow:
     """Replace bit streams by integers of a type that torch has, and groups by blocks of a matrix's rows, in place."""
     graph, module = lowered.module.graph, lowered.module
-    found, wide, biases = Narrow(), set[str](), set[str]()
-    for node in list(graph.find_nodes(op="call_function", target=UNPACK)):
-        packed: Any = node.args[0]
-        bits, low, shape = _Unpack(*node.args[1:])
-        if packed.target not in wide:  # several readers share a buffer: the first one widens it
-            codes = unpack(module.get_buffer(packed.target), bits, math.prod(shape)) + low
-            setattr(module, packed.target, codes.reshape(shape).to(code_type(low, low + 2**bits - 1)))
-            wide.add(packed.target)
+    found, biases = Narrow(), set[str]()
+    for buffer, (bits, low) in unpacked(module).items():
         if bits <= HALF:
-            found.codes[lowered.names[packed.target]] = low
-        _pass(module, node, packed)
+            found.codes[lowered.names[buffer]] = low
     for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype)):
         stored: Any = node.args[0]
         name = lowered.names.get(str(stored.target)) if stored.op == "get_attr" else None
@@ -70,12 +64,6 @@ def widened(lowered: Lowered) -> Narrow:
     graph.lint()
     module.recompile()
     return found
-
-
-class _Unpack(NamedTuple):
-    bits: Any
-    low: Any
-    shape: Any
 
 
 def _pass(module: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
