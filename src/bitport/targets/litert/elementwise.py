@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ...errors import ExportError
-from ._build import TYPES, Size, Value, order
+from ._build import TYPES, Size, Value
 from .convert import Call, Dequantized, Row, shape_of
 
 aten = torch.ops.aten
@@ -356,4 +355,3 @@ ROWS: dict[Any, Row] = {
     aten.new_ones.default: full_like(1),
     aten.new_full.default: full_like(None),
 }  # fmt: skip
-__all__ = ["ROWS", "cast", "filled", "operands", "order", "replace"]

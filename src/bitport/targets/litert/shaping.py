@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ...errors import ExportError
-from ._build import Size, Value, order
-from .convert import Call, Dequantized, Row, shape_of
-from .elementwise import filled, operands
+from ._build import Size, Value
+from .convert import Call, Row, shape_of
+from .elementwise import cast
 from .layers import as_int32
 
 aten = torch.ops.aten
@@ -44,12 +44,10 @@ def move(call: Call, kind: str, inputs: Sequence[Value], x: Value, **options: An
 
 def view(call: Call) -> Value:
     x = moved(call)
-    if x.last and (x.shape == call.shape or call.b.flat(x)):
-        x = x if x.shape == call.shape else replace(x, last=False)
-    if tuple(map(str, x.shape)) == tuple(map(str, call.shape)) and not x.last:
+    if tuple(map(str, x.shape)) == tuple(map(str, call.shape)):
         return x
-    if x.last and x.shape == call.shape:
-        return x
+    if x.last and call.b.flat(x):
+        x = replace(x, last=False)
     return call.b.reshaped(call.b.arranged(x, False), call.shape, name=call.name)
 
 
@@ -176,11 +174,8 @@ def stack(call: Call) -> Value:
 
 def pad(call: Call) -> Value:
     """Constant padding; on integers the value is one of them (the lowering gives the zero point)."""
-    x, pads = moved(call), list(call["pad"])
-    value = call["value"] or 0
-    rows = [[0, 0] for _ in range(x.rank)]
-    for pair in range(len(pads) // 2):
-        rows[x.rank - 1 - pair] = [pads[2 * pair], pads[2 * pair + 1]]
+    x = moved(call)
+    value, rows = call["value"] or 0, _by_axis(call["pad"], x.rank)
     if any(n < 0 for row in rows for n in row):
         y = x
         for dim, (before, after) in enumerate(rows):
@@ -194,12 +189,18 @@ def pad(call: Call) -> Value:
     return move(call, "PADV2", [x, widths, fill], x, table="PadV2", last=x.last)
 
 
-def mirror_pad(call: Call) -> Value:
-    x, pads = moved(call), list(call["padding"])
-    rows = [[0, 0] for _ in range(x.rank)]
+def _by_axis(pads: Sequence[int], rank: int) -> list[list[int]]:
+    """[before, after] of each axis; torch counts from the last one."""
+    rows = [[0, 0] for _ in range(rank)]
     for pair in range(len(pads) // 2):
-        rows[x.rank - 1 - pair] = [pads[2 * pair], pads[2 * pair + 1]]
-    widths = call.b.constant(torch.tensor(x.stored(rows), dtype=torch.int32), "padding")
+        rows[rank - 1 - pair] = [pads[2 * pair], pads[2 * pair + 1]]
+    return rows
+
+
+def mirror_pad(call: Call) -> Value:
+    x = moved(call)
+    rows = x.stored(_by_axis(call["padding"], x.rank))
+    widths = call.b.constant(torch.tensor(rows, dtype=torch.int32), "padding")
     return move(call, "MIRROR_PAD", [x, widths], x, table="MirrorPad", mode=0, last=x.last)
 
 
@@ -286,16 +287,10 @@ def arange(call: Call) -> Value:
             table="Cumsum",
             exclusive=True,
         )
-        return total if call.result.dtype == torch.int32 else _cast(call, total)
+        return total if call.result.dtype == torch.int32 else cast(call, total, call.result.dtype)
     start, step = call["start"] or 0, call["step"] or 1
     values = torch.arange(call.shape[0], dtype=call.result.dtype) * step + start
     return call.b.constant(values, f"{call.name}/range")
-
-
-def _cast(call: Call, value: Value) -> Value:
-    from .elementwise import cast
-
-    return cast(call, value, call.result.dtype)
 
 
 def repeat(call: Call) -> Value:
@@ -372,4 +367,3 @@ ROWS: dict[Any, Row] = {
     aten.roll.default: roll,
     aten.flip.default: flip,
 }  # fmt: skip
-__all__ = ["ROWS", "Dequantized", "filled", "operands", "order"]
