@@ -33,6 +33,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+LONGEST = 1000  # characters of another library's error
 # What other people's code raises where the parts of what it is given don't fit each other.
 FOREIGN = (
     ArithmeticError,
@@ -57,10 +58,10 @@ UNREADABLE_ARCHIVE = (
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, in one line; its type's name where it says nothing."""
+    """What another library's exception says, in one line of bounded length; its type's name where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reasons = [line for line in lines[1:] if line.startswith("- ")]  # torch lists violated constraints so
-    return " ".join([*lines[:1], *reasons]) or type(error).__name__
+    return " ".join([*lines[:1], *reasons])[:LONGEST] or type(error).__name__
 
 
 class BitportError(Exception):

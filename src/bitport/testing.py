@@ -294,8 +294,9 @@ def target_cases(target: str, options: Mapping[str, Any] | None = None) -> Itera
             if key in seen:
                 continue
             seen.add(key)
-            # a row that doesn't take every weight takes groups of integers, where there are any
-            grouped = row.takes is not None and "group" in rules.weights[row.mode].granularities
+            # a row of stored weights that doesn't take every one takes groups of integers, where there are any
+            stored = row.takes is not None and row.mode == "weights"
+            grouped = stored and "group" in rules.weights[row.mode].granularities
             weights = IN_GROUPS if grouped else {}
             for specimen in SPECIMENS.get(kind, {}):
                 for ties in (False, True) if row.mode == "static" else (False,):

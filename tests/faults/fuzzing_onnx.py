@@ -5,11 +5,8 @@ A process of its own, because what it looks for may end it. The model that is be
 
 from __future__ import annotations
 
-import faulthandler
 import random
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +14,11 @@ import numpy as np
 import onnx
 import torch
 from onnx import helper
+from tests.faults.fuzzing import fuzz
 from tests.frontends.onnx.made import model
 
 import bitport
-from bitport.errors import BitportError
 
-HANG = 20  # seconds for one file; an honest one takes a tenth of one
-LONGEST = 5000  # characters that an error says
-MEMORY = 12 * 2**30  # of addresses, of which torch maps several GB
 ODD = (0, 1, -1, 2, 7, 127, 255, 2**31 - 1, 2**31, 2**40, -(2**40), 2**63 - 1, -(2**63))
 WORDS = (
     "",
@@ -174,24 +168,7 @@ def main(folder: Path, seed: int, seconds: float) -> None:
         path.write_bytes(proto.SerializeToString())
         bitport.load(path)  # honest ones are read
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    loaded = refused = 0
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        path.write_bytes(damaged(dice, models))
-        faulthandler.dump_traceback_later(HANG, exit=True)
-        said = 1
-        try:
-            bitport.load(path)
-            loaded += 1
-        except BitportError as error:
-            refused += 1
-            said = len(str(error))
-        if not 0 < said < LONGEST:
-            raise SystemExit(f"an error of {said} characters")
-        faulthandler.cancel_dump_traceback_later()
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    sys.stdout.write(f"loaded {loaded} refused {refused} peak {used} MB\n")
+    fuzz(seconds, lambda: path.write_bytes(damaged(dice, models)), lambda: bitport.load(path))
 
 
 if __name__ == "__main__":

@@ -86,6 +86,18 @@ def test_paddings(padding: Any, stride: int) -> None:
     assert_exact(ship(prepare(net, [images(16)], "litert"), images(8)))
 
 
+def test_a_batch_norm_beside_an_operator_that_is_decomposed(tmp_path: Path) -> None:
+    # torch decomposes both, and the norm gives three tensors then
+    torch.manual_seed(0)
+    net = Net(lambda m, x: m.a(F.pad(m.norm(x), (0, 1, 0, 1))), a=conv(), norm=nn.BatchNorm2d(3).eval())
+    torch.nn.init.normal_(net.norm.running_mean)
+    artifact = bitport.compress(
+        bitport.load(net, images(4)), "float", target="litert", data=[images(4)], out=tmp_path / "out"
+    )
+    x = images(4)
+    torch.testing.assert_close(artifact.predict(x), net(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "net",
     [

@@ -100,6 +100,15 @@ def stored(call: Call) -> QSpec:
     return call.out
 
 
+def in_float(call: Call) -> Tensor:
+    """A product of integers as real numbers, float32: of a runtime whose integer kernels give integers alone.
+
+    kind: linear or matmul.
+    """
+    x, weight, *bias = (v.dequantize() if isinstance(v, QTensor) else v for v in call.operands)
+    return torch.matmul(x, weight) if call.kind == "matmul" else F.linear(x, weight, *bias)
+
+
 def integer_bias(call: Call) -> QTensor | None:
     """The int32 bias of a `conv` or `linear` call, where it has one."""
     return quantized(call, 2) if len(call.operands) > 2 and call.operands[2] is not None else None

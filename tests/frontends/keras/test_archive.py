@@ -8,13 +8,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 
 import bitport
 from bitport.errors import LoadError, UnsafeFile
 from bitport.frontends.keras._archive import CONFIG, METADATA, WEIGHTS, check_weights, checked
 
-h5py = pytest.importorskip("h5py")
 HDF = b"\x89HDF\r\n\x1a\n" + bytes(64)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bitport
-from bitport.frontends._apart import apart
+from bitport.apart import apart
 from bitport.graph import Graph
 from bitport.graph.archive import load_pt2
 

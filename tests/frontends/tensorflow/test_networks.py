@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import bitport
+from bitport.apart import apart
 from bitport.errors import LoadError, MissingDependency, UnsafeFile
-from bitport.frontends._apart import apart
 
 BACKEND = {"KERAS_BACKEND": "tensorflow"}
 

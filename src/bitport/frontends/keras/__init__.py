@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitport.apart import apart
 from bitport.errors import LoadError, MissingDependency
-from bitport.frontends._apart import apart
 from bitport.frontends.keras._archive import checked
 from bitport.graph import Graph
 from bitport.graph.archive import load_pt2

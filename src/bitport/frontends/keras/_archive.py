@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bitport.errors import UNREADABLE_ARCHIVE, LoadError, UnsafeFile, first_line
+from bitport.errors import FOREIGN, UNREADABLE_ARCHIVE, LoadError, UnsafeFile, first_line
 
 CONFIG, WEIGHTS, METADATA = "config.json", "model.weights.h5", "metadata.json"
 LARGEST_CONFIG = 64 * 2**20
@@ -145,7 +145,7 @@ def check_weights(file: BinaryIO, label: str) -> None:
     try:
         with h5py.File(file, "r") as found:
             _walk(found, label)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except FOREIGN as error:
         raise LoadError(f"{label}: {WEIGHTS} is damaged ({first_line(error)}): write it again") from error
 
 

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bitport.apart import apart
 from bitport.errors import LoadError, MissingDependency
 from bitport.frontends import onnx
-from bitport.frontends._apart import apart
 from bitport.graph import Graph
 from bitport.graph.layout import cancel_permutes
 from bitport.graph.simplify import drop_identities

@@ -22,6 +22,7 @@ from ...numerics.arithmetic import (
     QTensor,
     convolved,
     fma,
+    in_float,
     integer_bias,
     project,
     quantized,
@@ -55,6 +56,8 @@ def conv(call: Call) -> Tensor:
 
 def linear(call: Call) -> Tensor:
     """As conv."""
+    if call.out is None:
+        return in_float(call)
     return requantized(call, project(quantized(call, 0), quantized(call, 1), _bias(call)), -1)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import MissingDependency, RecipeError, TargetError, first_line
+from ...apart import apart
+from ...errors import LoadError, MissingDependency, RecipeError, TargetError, first_line
 from ...graph import Graph
 from ...plan import Plan
 from ...plan.lower import QUANTIZED
@@ -25,6 +29,8 @@ from .inspect import inspected
 from .reading import channels_last, read_model, with_outputs
 from .table import ruleset
 
+PROBE = "bitport.targets.litert._probe:probe"
+PROBE_SECONDS = 120.0
 KERNELS = {"xnnpack": xnnpack.ARITHMETIC, "reference": reference.ARITHMETIC}
 
 
@@ -51,7 +57,9 @@ class LiteRt(Target):
 
     def export(self, graph: Graph, plan: Plan, folder: Path) -> None:
         integer_io = self.options["io"] == "integer" and plan.quantized
-        (folder / self.model_file).write_bytes(export_model(graph, plan, integer_io=integer_io))
+        content = export_model(graph, plan, integer_io=integer_io)
+        (folder / self.model_file).write_bytes(content)
+        _trusted.add(hashlib.sha256(content).hexdigest())
 
     def open(self, folder: Path, *, taps: bool = False, optimize: bool = True) -> Session:
         content = (folder / self.model_file).read_bytes()
@@ -60,17 +68,36 @@ class LiteRt(Target):
         if taps:
             content, names = with_outputs(model, QUANTIZED)
         kernels = self.options["kernels"] if optimize else "reference"
+        self._try(folder)
         try:
             interpreter = opened(content, self.options["threads"], kernels)
+            return _Session(interpreter, names, channels_last(model) if taps else frozenset())
         except ImportError as error:
             raise MissingDependency("the target litert", "ai_edge_litert", "litert") from error
         except (RuntimeError, ValueError) as error:
             raise TargetError(f"LiteRT can't load {self.model_file}: {first_line(error)}") from error
-        return _Session(interpreter, names, channels_last(model) if taps else frozenset())
+
+    def _try(self, folder: Path) -> None:
+        """A file that this process didn't write is run once in another. Raises TargetError where that one dies."""
+        digest = hashlib.sha256((folder / self.model_file).read_bytes()).hexdigest()
+        if digest in _trusted:
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            options = {"path": str((folder / self.model_file).absolute()), "kernels": self.options["kernels"]}
+            try:
+                apart(PROBE, options, Path(scratch), timeout=PROBE_SECONDS)
+            except LoadError as error:
+                raise TargetError(
+                    f"LiteRT can't run {self.model_file}: {error}; make the artifact again"
+                ) from error
+        _trusted.add(digest)
 
     def inspect(self, folder: Path, plan: Plan, *, taps: bool = False) -> Inspection:
         content = (folder / self.model_file).read_bytes()
         return inspected(read_model(content, self.model_file), plan)
+
+
+_trusted: set[str] = set()  # digests of files that were written here, or run without harm
 
 
 class _Session(Session):
@@ -84,25 +111,30 @@ class _Session(Session):
         self.outputs, self.taps = ends[:count], dict(zip(taps, ends[count:], strict=True))
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        self._invoke(self.prepared(inputs))
-        return tuple(self._given(end) for end in self.outputs)
+        with _told():
+            self._invoke(self.prepared(inputs))
+            return tuple(self._given(end) for end in self.outputs)
 
     def run_tapped(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        fed = self.prepared(inputs)
-        self._invoke(fed)
-        outputs = tuple(self._given(end) for end in self.outputs)
-        taps = {name.removesuffix(QUANTIZED): self._integers(name, end) for name, end in self.taps.items()}
+        with _told():
+            fed = self.prepared(inputs)
+            self._invoke(fed)
+            outputs = tuple(self._given(end) for end in self.outputs)
+            taps = {
+                name.removesuffix(QUANTIZED): self._integers(name, end) for name, end in self.taps.items()
+            }
         for end, value in zip(self.inputs, fed, strict=True):
             if _stored(end) is not None:
                 taps[end["name"]] = torch.from_numpy(value.astype(np.int32))
         return outputs, taps
 
     def as_stored(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        fed = self.prepared(inputs)
-        self._invoke(fed)
-        found = [
-            torch.from_numpy(np.array(self.interpreter.get_tensor(end["index"]))) for end in self.outputs
-        ]
+        with _told():
+            fed = self.prepared(inputs)
+            self._invoke(fed)
+            found = [
+                torch.from_numpy(np.array(self.interpreter.get_tensor(end["index"]))) for end in self.outputs
+            ]
         return [torch.from_numpy(value) for value in fed], found
 
     def prepared(self, inputs: Sequence[Tensor]) -> list[np.ndarray[Any, Any]]:
@@ -117,11 +149,8 @@ class _Session(Session):
         self.interpreter.invoke()
 
     def _invoke(self, fed: Sequence[np.ndarray[Any, Any]]) -> None:
-        try:
-            shaped(self.interpreter, [end["index"] for end in self.inputs], fed)
-            self.run_prepared(fed)
-        except (RuntimeError, ValueError) as error:
-            raise TargetError(f"LiteRT failed while running: {first_line(error)}") from error
+        shaped(self.interpreter, [end["index"] for end in self.inputs], fed)
+        self.run_prepared(fed)
 
     def _integers(self, name: str, end: Mapping[str, Any]) -> Tensor:
         value = torch.from_numpy(self.interpreter.get_tensor(end["index"]).astype(np.int32))
@@ -130,6 +159,14 @@ class _Session(Session):
     def _given(self, end: Mapping[str, Any]) -> Tensor:
         value, stored = np.array(self.interpreter.get_tensor(end["index"])), _stored(end)
         return torch.from_numpy(value if stored is None else dequantize(value, *stored))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise TargetError(f"LiteRT failed while running: {first_line(error)}") from error
 
 
 def _stored(end: Mapping[str, Any]) -> tuple[float, int] | None:

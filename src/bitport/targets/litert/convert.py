@@ -85,7 +85,9 @@ class Call:
 
     @property
     def shape(self) -> tuple[Size, ...]:
-        return plain(self.result.shape)
+        """Of the result; of the first one where there are several."""
+        first = self.result[0] if isinstance(self.result, tuple | list) else self.result
+        return plain(first.shape)
 
     def rank(self, key: str) -> int:
         return len(shape_of(self.args[key]))

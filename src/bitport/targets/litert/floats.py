@@ -1,19 +1,12 @@
-"""What LiteRT multiplies in float: rows that it rounds while it runs, and products without an integer kernel."""
+"""What LiteRT multiplies in float: rows that it rounds while it runs."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...numerics.arithmetic import Call, QTensor
+from ...numerics.arithmetic import Call
 from .._xnnpack import rounded_rows
-
-
-def in_float(call: Call) -> Tensor:
-    """A product that a plan of another runtime takes as floats out of an integer kernel: LiteRT multiplies floats."""
-    x, weight, *bias = (v.dequantize() if isinstance(v, QTensor) else v for v in call.operands)
-    return torch.matmul(x, weight) if call.kind == "matmul" else F.linear(x, weight, *bias)
 
 
 def linear_dynamic(call: Call) -> Tensor:

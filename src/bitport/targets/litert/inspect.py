@@ -10,26 +10,23 @@ from ...plan import Plan
 from ...plan.lower import BYTE, QUANTIZED
 from ...rules import DECODED
 from .._base import Inspection
-from ._flatbuffer import AGAIN, schema
+from ._flatbuffer import AGAIN, BITS, schema
+from .reading import kind_of
 from .table import HYBRID
 
 INTEGER = " I8"  # after the kind of an operator that takes and gives 8-bit integers
 HALF = 4  # bits
-BITS = {"INT4": 4, "INT2": 2, "INT8": 8, "UINT8": 8, "INT16": 16, "FLOAT16": 16, "BFLOAT16": 16, "INT32": 32,
-        "FLOAT32": 32, "INT64": 64, "FLOAT64": 64}  # fmt: skip
 
 
 def inspected(model: Any, plan: Plan) -> Inspection:
     """model: the file as the schema's classes."""
     s = schema()
-    kinds = {value: key for key, value in vars(s.BuiltinOperator).items() if isinstance(value, int)}
     types = {value: key for key, value in vars(s.TensorType).items() if isinstance(value, int)}
     (graph,) = model.subgraphs
     kernels: dict[str, list[str]] = {}
     counts: Counter[str] = Counter()
     for step in graph.operators:
-        code = model.operatorCodes[step.opcodeIndex]
-        called = kinds[max(code.builtinCode, code.deprecatedBuiltinCode)]
+        called = kind_of(model, step)
         read = [types[graph.tensors[index].type] for index in step.inputs if index >= 0]
         made = types[graph.tensors[step.outputs[0]].type]
         if made == "INT8" and read[0] == "INT8":

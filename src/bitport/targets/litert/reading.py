@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from typing import Any
 
 from ...errors import TargetError
-from ._flatbuffer import CHANNELS_LAST, IDENTIFIER, schema
+from ._flatbuffer import BITS, CHANNELS_LAST, IDENTIFIER, schema
+
+LARGEST = 2**31  # bytes of activations of one sample
+MOST_AXES = 8
+KEEPING = ("QUANTIZE", "DEQUANTIZE", "TRANSPOSE", "RESHAPE")
+# What zero points of a type can be.
+INTEGERS = {"INT4": (-8, 7), "INT8": (-128, 127), "UINT8": (0, 255), "INT16": (0, 0), "INT32": (0, 0)}
 
 
 def read_model(content: bytes, name: str) -> Any:
@@ -32,23 +39,78 @@ def read_model(content: bytes, name: str) -> Any:
 
 
 def _check(model: Any) -> None:
-    """Every number that names a place must name one that exists. Raises ValueError."""
+    """What the runtime takes for granted, and ends the process without: places that exist, sizes that fit, numbers that
+    a type holds. Raises ValueError.
+    """
     if not model.subgraphs or not model.buffers or not model.operatorCodes:
         raise ValueError("a file without a network")
     for graph in model.subgraphs:
-        count = len(graph.tensors)
+        count, held = len(graph.tensors), 0
         for tensor in graph.tensors:
             if not 0 <= tensor.buffer < len(model.buffers):
                 raise ValueError("a tensor without its numbers")
+            held += _check_tensor(tensor, model.buffers[tensor.buffer].data)
+            if held > LARGEST:
+                raise ValueError("tensors that no device holds")
         for step in graph.operators or []:
             if not 0 <= step.opcodeIndex < len(model.operatorCodes):
                 raise ValueError("an operator of no kind")
+            if not _list(step.inputs) or not _list(step.outputs):
+                raise ValueError("an operator that takes or gives nothing")
             for index in [*_list(step.inputs), *_list(step.outputs)]:
                 if not -1 <= index < count:
                     raise ValueError("an operator that reads nothing")
+        _check_steps(model, graph)
         for index in [*_list(graph.inputs), *_list(graph.outputs)]:
             if not 0 <= index < count:
                 raise ValueError("an end that is no tensor")
+
+
+def kind_of(model: Any, step: Any) -> str:
+    """The operator's name in the schema. Raises KeyError where there is none."""
+    kinds: dict[int, str] = {
+        value: name for name, value in vars(schema().BuiltinOperator).items() if isinstance(value, int)
+    }
+    code = model.operatorCodes[step.opcodeIndex]
+    return kinds[max(code.builtinCode, code.deprecatedBuiltinCode)]
+
+
+def _check_steps(model: Any, graph: Any) -> None:
+    """Operators that only change how numbers are said or lie give as many as they take. Raises ValueError, KeyError."""
+    for step in graph.operators or []:
+        if kind_of(model, step) in KEEPING:
+            taken, given = (graph.tensors[indices[0]] for indices in (step.inputs, step.outputs))
+            if math.prod(_list(taken.shape)) != math.prod(_list(given.shape)):
+                raise ValueError("an operator that gives more or fewer numbers than it takes")
+
+
+def _check_tensor(tensor: Any, data: Any) -> int:
+    """Bytes that are kept for it while the network runs; none for a constant. Raises ValueError, KeyError."""
+    tensor.name.decode()
+    kinds = {value: name for name, value in vars(schema().TensorType).items() if isinstance(value, int)}
+    kind, shape = kinds[tensor.type], _list(tensor.shape)
+    if any(size < 0 for size in shape) or len(shape) > MOST_AXES:
+        raise ValueError("a tensor of no shape")
+    size = -(-math.prod(shape) * BITS[kind] // 8)
+    if data is not None and len(data) != size:
+        raise ValueError("a tensor with more or fewer numbers than it has room for")
+    _check_meaning(tensor.quantization, kind, shape)
+    return 0 if data is not None else size
+
+
+def _check_meaning(quantization: Any, kind: str, shape: list[int]) -> None:
+    scales = [] if quantization is None or quantization.scale is None else quantization.scale.tolist()
+    if not scales:
+        return
+    zeros, axis = _list(quantization.zeroPoint), int(quantization.quantizedDimension)
+    channels = shape[axis] if 0 <= axis < len(shape) else 1
+    if len(scales) not in (1, channels) or len(zeros) != len(scales) or kind not in INTEGERS:
+        raise ValueError("scales that belong to nothing")
+    low, high = INTEGERS[kind]
+    if not all(math.isfinite(scale) and scale > 0 for scale in scales):
+        raise ValueError("a scale that is no positive number")
+    if not all(low <= zero <= high for zero in zeros):
+        raise ValueError("a zero point that its type doesn't hold")
 
 
 def _list(values: Any) -> list[int]:

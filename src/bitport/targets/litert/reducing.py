@@ -146,8 +146,8 @@ def group_norm(call: Call) -> Value:
     return made
 
 
-def batch_norm(call: Call) -> Value:
-    """With the statistics that it has: a product and a sum per channel."""
+def batch_norm(call: Call) -> Value | tuple[Value, None, None]:
+    """With the statistics that it has: a product and a sum per channel. Decomposed it gives three tensors."""
     if call["training"] or not isinstance(call["running_mean"], Tensor):
         raise ExportError(f"{call.name}: LiteRT takes no statistics of a batch")
     x = call.read("input")
@@ -157,7 +157,7 @@ def batch_norm(call: Call) -> Value:
     ones = [1] * (x.rank - 2)
     for kind, values, is_last in (("MUL", factor, False), ("ADD", offset, True)):
         x = _affine(call, x, kind, values.float().reshape(-1, *ones), is_last)
-    return x
+    return (x, None, None) if isinstance(call.result, tuple | list) else x
 
 
 def vector_norm(call: Call) -> Value:
@@ -227,7 +227,7 @@ ROWS: dict[Any, Row] = {
     aten.layer_norm.default: layer_norm,
     aten.rms_norm.default: layer_norm,
     aten.group_norm.default: group_norm,
-    aten.batch_norm.default: batch_norm,
+    **dict.fromkeys((aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default), batch_norm),
     aten.cumsum.default: cumsum,
     aten.linalg_vector_norm.default: vector_norm,
     aten.topk.default: topk,

@@ -18,6 +18,7 @@ from ...numerics.arithmetic import (
     Call,
     along,
     convolved,
+    in_float,
     integer_bias,
     multiply,
     project,
@@ -27,7 +28,7 @@ from ...numerics.arithmetic import (
 )
 from ...simulate import Arithmetic
 from .fixed_point import FRACTION, away, by_parts, multiplied, scaled, split
-from .floats import in_float, linear_dynamic
+from .floats import linear_dynamic
 
 LEFT_SHIFT = 20  # of an add's operands, so that their bits aren't lost
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...numerics.arithmetic import (
     Call,
     convolved,
+    in_float,
     integer_bias,
     multiply,
     project,
@@ -28,7 +29,7 @@ from ...numerics.arithmetic import (
 from ...simulate import Arithmetic
 from .._xnnpack import add, mul, quantize, requantized
 from .fixed_point import multiplied
-from .floats import in_float, linear_dynamic
+from .floats import linear_dynamic
 
 
 def conv(call: Call) -> Tensor:

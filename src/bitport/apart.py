@@ -1,4 +1,4 @@
-"""Work that another framework has to be loaded for, done in a process of its own.
+"""Work that a framework has to be loaded for, or that may end the process, done in a process of its own.
 
 A framework that is imported stays: it takes memory, picks its backend once for all, and brings threads and handlers of
 signals. None of that reaches the user's process, and a damaged file that ends the process ends only that one.
@@ -26,7 +26,7 @@ QUIET = {
     "CUDA_VISIBLE_DEVICES": "",
     "PYTHONWARNINGS": "ignore",
 }
-RUN = "from bitport.frontends._apart import answer; answer()"
+RUN = "from bitport.apart import answer; answer()"
 
 
 def apart(
@@ -65,14 +65,12 @@ def apart(
         )
     except subprocess.TimeoutExpired:
         raise LoadError(
-            f"the process that reads the file took longer than {timeout:g} s: give a smaller network, or more time"
+            f"the process that reads it took longer than {timeout:g} s: give a smaller network, or more time"
         ) from None
     if not told.is_file():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         cause = f"was ended by signal {-done.returncode} (out of memory, or a damaged file)"
-        raise LoadError(
-            f"the process that reads the file {cause if done.returncode < 0 else f'failed: {last}'}"
-        )
+        raise LoadError(f"the process that reads it {cause if done.returncode < 0 else f'failed: {last}'}")
     found = json.loads(told.read_text("utf-8"))
     if "error" not in found:
         return found["value"]

@@ -1,4 +1,4 @@
-"""Random ONNX models, in a process of their own: no crash, no hang, no error but bitport's, bounded memory."""
+"""Random models, in processes of their own: no crash, no hang, no error but bitport's, bounded memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.parametrize("kind", ["onnx", "keras", "tflite"])
 @pytest.mark.parametrize(
     ("seed", "seconds"), [(0, 10), pytest.param(1, 240, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
 )
-def test_whatever_happens_to_a_model_is_told(seed: int, seconds: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.faults.fuzzing_onnx"]
+def test_whatever_happens_to_a_file_is_told(kind: str, seed: int, seconds: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.faults.fuzzing_{kind}"]
     done = subprocess.run(
         [*command, str(tmp_path), str(seed), str(seconds)],
         capture_output=True,

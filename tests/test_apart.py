@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bitport.apart import apart
 from bitport.errors import LoadError, MissingDependency, UnsafeFile
-from bitport.frontends._apart import apart
 
 
 def double(number: int) -> int:
