@@ -42,11 +42,8 @@ LITERT_GAPS = {
     "mixtral": r"sort: LiteRT has no operator for aten\.sort",
     "qwen3_moe": r"aten\.sort",
     "gpt_oss": r"aten\.sort",
-    "deberta_v2": "repeat: LiteRT can't repeat as often as is computed while running",
-    "mamba2": r"aten\.log1p",
 }
-ON_LITERT = ("bert", "distilbert", "roberta", "albert", "gpt2", "llama", "qwen3", "bart", "t5_encoder",
-             "whisper_encoder", "wav2vec2")  # fmt: skip
+ON_LITERT = [name for name in SEQUENCES if name not in LITERT_GAPS]
 
 
 @pytest.mark.parametrize("name", in_turn(ON_LITERT, ("bert",)))

@@ -6,7 +6,7 @@ import pytest
 from tests.families import VISION
 from tests.families.check import in_turn, on, on_the_runtime, values_and_gradients
 
-from bitport.errors import ExportError, TargetError
+from bitport.errors import TargetError
 
 EARLY = ("resnet", "mobilenet_v2", "convnext", "vit", "swin")
 
@@ -50,20 +50,7 @@ def test_its_integers_arrive_on_executorch(name: str) -> None:
     assert on("executorch", name).share() == 1.0
 
 
-# What bitport can't write for LiteRT yet, with what it says.
-LITERT_GAPS = {"mobilevitv2": "im2col: LiteRT picks along one axis"}
-
-
-@pytest.mark.parametrize(
-    "name", in_turn([name for name in VISION if name not in LITERT_GAPS], ("resnet", "vit"))
-)
+@pytest.mark.parametrize("name", in_turn(VISION, ("resnet", "vit")))
 def test_its_integers_arrive_on_litert(name: str) -> None:
     result = on("litert", name)
     assert not result.shipped.inspection.missed and result.share() > 0.9
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LITERT_GAPS)
-def test_litert_still_refuses_it_and_says_why(name: str) -> None:
-    with pytest.raises(ExportError, match=LITERT_GAPS[name]):
-        on("litert", name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.flow import Net, assert_exact, conv, images, prepare, ship, tokens
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitport
@@ -37,6 +38,14 @@ def two_layers() -> nn.Module:
 
 def with_kernels(kernels: str) -> Any:
     return make_target("litert", {"kernels": kernels})
+
+
+def in_float(net: nn.Module, example: Tensor, folder: Path) -> Callable[[Tensor], Tensor]:
+    """The network's own file, as a function."""
+    target = make_target("litert", {})
+    target.export(bitport.load(net, example), Plan.empty("litert"), folder)
+    session = target.open(folder)
+    return lambda x: session.run((x,))[0]
 
 
 def recipe(**options: Any) -> bitport.Recipe:
@@ -91,11 +100,37 @@ def test_a_batch_norm_beside_an_operator_that_is_decomposed(tmp_path: Path) -> N
     torch.manual_seed(0)
     net = Net(lambda m, x: m.a(F.pad(m.norm(x), (0, 1, 0, 1))), a=conv(), norm=nn.BatchNorm2d(3).eval())
     torch.nn.init.normal_(net.norm.running_mean)
-    artifact = bitport.compress(
-        bitport.load(net, images(4)), "float", target="litert", data=[images(4)], out=tmp_path / "out"
-    )
+    run = in_float(net, images(4), tmp_path)
     x = images(4)
-    torch.testing.assert_close(artifact.predict(x), net(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.a(x) * 2.0 + 1.0,  # single numbers beside channels that are last
+        lambda m, x: m.a(x) * m.scale,
+        lambda m, x: torch.log1p(torch.exp(m.a(x))),
+        lambda m, x: m.a(x)[:, :, torch.tensor([[0], [2]]), torch.tensor([1, 3])],
+        lambda m, x: m.a(x)[torch.tensor([0]), :, :, torch.tensor([3])],
+        lambda m, x: F.fold(F.unfold(m.a(x), 2, stride=2), 8, 2, stride=2),
+        lambda m, x: m.table.repeat(x.shape[0], 1, 1) + m.a(x).flatten(0, 1),
+    ],
+    ids=["numbers", "number", "log1p", "two-axes", "axes-apart", "fold", "repeat"],
+)
+def test_operators_that_it_has_none_for(function: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Net(function, a=conv(), scale=nn.Parameter(torch.tensor(2.0)), table=torch.randn(8, 8, 8))
+    run = in_float(net, images(4), tmp_path)
+    for batch in (4, 2):
+        x = images(batch)
+        torch.testing.assert_close(run(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_logarithms_keep_the_digits_of_small_numbers(tmp_path: Path) -> None:
+    net = Net(lambda m, x: torch.log1p(x))
+    x = torch.tensor([[0.0, 1e-9, 3e-8, 1e-4, 0.4, 0.6, 1e6, 1e30]])
+    torch.testing.assert_close(in_float(net, x, tmp_path)(x), net(x), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

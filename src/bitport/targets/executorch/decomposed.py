@@ -94,7 +94,11 @@ class _Decomposer:
             self.made[back] = parameters
 
     def _is_constant(self, node: fx.Node) -> bool:
-        return node.op == "get_attr" and self._tensor(node).dtype == torch.int8
+        """Stored integers, as they are or moved."""
+        if node.op == "get_attr":
+            return self._tensor(node).dtype == torch.int8
+        source = node.args[0] if node.args and node.target not in (QUANTIZE, DEQUANTIZE) else None
+        return isinstance(source, fx.Node) and self._is_constant(source)
 
     def _quantize(self, node: fx.Node) -> fx.Node:
         args: Any = node.args

@@ -51,6 +51,14 @@ class Value:
         return [sizes[dim] for dim in order(self.rank)] if self.last else list(sizes)
 
 
+def _quotient(size: Size, other: Size) -> int | None:
+    """How many times the other size it is, whatever that is while running; None: no such number."""
+    if isinstance(size, int):
+        return None
+    found = size.node.expr / (other if isinstance(other, int) else other.node.expr)
+    return int(found) if found.is_Integer else None
+
+
 def plain(shape: Sequence[Size]) -> tuple[Size, ...]:
     """Sizes that are known are numbers, however they were found."""
     return tuple(int(size) if isinstance(size, int) or size.node.expr.is_number else size for size in shape)
@@ -58,7 +66,7 @@ def plain(shape: Sequence[Size]) -> tuple[Size, ...]:
 
 def order(rank: int) -> list[int]:
     """Logical axes in the order of a tensor that is stored with the channels last."""
-    return [0, *range(2, rank), 1]
+    return [0, *range(2, rank), 1] if rank > 1 else list(range(rank))
 
 
 class Builder:
@@ -210,7 +218,10 @@ class Builder:
         return [size if isinstance(size, int) else -1 for size in shape]
 
     def shape_like(self, like: Value, stored: Sequence[Size], name: str) -> Value:
-        """A shape whose first axis is that of `like`; the runtime knows it before the network runs."""
+        """A shape whose first axis is that of `like`, or so many times it; known before the network runs."""
+        times = _quotient(stored[0], like.shape[0])
+        if times is None:
+            raise ExportError(f"{name}: LiteRT can't make the shape {list(map(str, stored))} while running")
         shape = self.emit(
             "SHAPE", [like], [like.rank], name=f"{name}/shape", dtype=torch.int32,
             options={"table": "Shape", "outType": 2},
@@ -219,6 +230,11 @@ class Builder:
             "SLICE", [shape, self.integers([0]), self.integers([1])], [1], name=f"{name}/batch", dtype=torch.int32,
             options={"table": "Slice"},
         )  # fmt: skip
+        if times > 1:
+            first = self.emit(
+                "MUL", [first, self.integers([times])], [1], name=f"{name}/times", dtype=torch.int32,
+                options={"table": "Mul"},
+            )  # fmt: skip
         rest = self.integers([int(size) for size in stored[1:]])
         return self.emit(
             "CONCATENATION", [first, rest], [len(stored)], name=f"{name}/sizes", dtype=torch.int32,

@@ -15,6 +15,10 @@ from .convert import Call, Dequantized, Row, shape_of
 
 aten = torch.ops.aten
 EXACT = 2.0**31
+SMALL, ODD = (
+    0.5,
+    (1, 3, 5, 7, 9, 11, 13),
+)  # terms of artanh's series: the next is below 1e-8 of it where |x| < 0.5
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
@@ -91,6 +95,28 @@ def binary(kind: str, table: str, *, fused: bool = True) -> Row:
         return call.give(kind, [a, b], last=last, options={"table": table})
 
     return write
+
+
+def log1p(call: Call) -> Value:
+    """log(1 + x); of a small x 2 · artanh(x / (2 + x)) as a series, whose digits 1 + x and its logarithm would lose."""
+    x = call.read("self")
+
+    def number(value: float) -> Value:
+        return call.b.constant(torch.tensor(value, dtype=torch.float32), f"{call.name}/{value:g}")
+
+    def step(kind: str, *reads: Value, dtype: torch.dtype = torch.float32) -> Value:
+        options = {} if kind == "LOG" else {"table": kind.capitalize()}
+        return call.step(kind, reads, x.shape, dtype=dtype, last=x.last, **options)
+
+    z = step("DIV", x, step("ADD", x, number(2.0)))
+    square = step("MUL", z, z)
+    series = number(1 / ODD[-1])
+    for odd in ODD[-2::-1]:
+        series = step("ADD", step("MUL", square, series), number(1 / odd))
+    small = step("MUL", step("MUL", z, series), number(2.0))
+    near = step("LESS", step("ABS", x), number(SMALL), dtype=torch.bool)
+    large = step("LOG", step("ADD", x, number(1.0)))
+    return call.give("SELECT_V2", [near, small, large], last=x.last, options={"table": "SelectV2"})
 
 
 def power(call: Call) -> Value:
@@ -313,6 +339,7 @@ ROWS: dict[Any, Row] = {
     aten.abs.default: unary("ABS", "Abs"),
     aten.exp.default: unary("EXP", "Exp"),
     aten.log.default: unary("LOG"),
+    aten.log1p.default: log1p,
     aten.sqrt.default: unary("SQRT"),
     aten.rsqrt.default: unary("RSQRT"),
     aten.sin.default: unary("SIN"),

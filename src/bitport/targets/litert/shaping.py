@@ -211,7 +211,7 @@ def index_select(call: Call) -> Value:
 
 
 def index(call: Call) -> Value:
-    """x[…, ids, …]: GATHER along one axis, GATHER_ND along the first ones."""
+    """x[…, ids, …]: GATHER along one axis, GATHER_ND along the first ones; others are brought to the front."""
     given = list(call["indices"])
     used = [axis for axis, ids in enumerate(given) if ids is not None]
     x = call.b.arranged(moved(call), False)
@@ -224,11 +224,12 @@ def index(call: Call) -> Value:
         ids = as_int32(call, call.take(given[axis]))
         ids = _from_front(call, ids, x.shape[axis])
         return move(call, "GATHER", [x, ids], x, table="Gather", axis=axis)
-    if used != list(range(len(used))):
-        raise ExportError(f"{call.name}: LiteRT picks along one axis, or along the first ones")
+    rest = [axis for axis in range(x.rank) if axis not in used]
+    # what is picked takes the place of neighbours, and is in front of everything where the axes are apart
+    place = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
     shape = np.broadcast_shapes(*[tuple(call.b.sizes(shape_of(given[axis]))) for axis in used])
+    symbolic = call.shape[place : place + len(shape)]
     parts = []
-    symbolic = call.shape[: len(shape)]
     for axis in used:
         ids = as_int32(call, call.take(given[axis]))
         ids = _from_front(call, ids, x.shape[axis])
@@ -238,7 +239,19 @@ def index(call: Call) -> Value:
         parts.append(ids)
     options = {"table": "Pack", "axis": len(symbolic), "valuesCount": len(parts)}
     ids = call.step("PACK", parts, [*symbolic, len(parts)], **options)
-    return move(call, "GATHER_ND", [x, ids], x, table="GatherNd")
+    x = _transposed(call, x, [*used, *rest])
+    picked = move(call, "GATHER_ND", [x, ids], x, table="GatherNd", shape=[*symbolic, *x.shape[len(used) :]])
+    before = range(len(symbolic), len(symbolic) + place)
+    after = range(len(symbolic) + place, picked.rank)
+    return _transposed(call, picked, [*before, *range(len(symbolic)), *after])
+
+
+def _transposed(call: Call, x: Value, dims: Sequence[int]) -> Value:
+    """x: without a layout of its own."""
+    if list(dims) == sorted(dims):
+        return x
+    shape = [x.shape[dim] for dim in dims]
+    return move(call, "TRANSPOSE", [x, call.b.integers(dims)], x, table="Transpose", shape=shape)
 
 
 def filled_with(call: Call, value: int, shape: Sequence[Size]) -> Value:
@@ -300,13 +313,27 @@ def repeat(call: Call) -> Value:
         x = call.b.reshaped(x, [1] * (len(repeats) - x.rank) + list(x.shape))
     if all(isinstance(n, int) for n in repeats):
         return move(call, "TILE", [x, call.b.integers(repeats)], x, table="Tile")
-    if repeats[0] is not None and all(isinstance(n, int) for n in repeats[1:]) and x.shape[0] == 1:
-        middle = move(
-            call, "TILE", [x, call.b.integers([1, *repeats[1:]])], x, table="Tile", shape=[1, *call.shape[1:]]
-        )
-        sizes = call.b.shape_like(call.converter.inputs[0][1], call.shape, call.name)
-        return move(call, "BROADCAST_TO", [middle, sizes], x, table="BroadcastTo")
-    raise ExportError(f"{call.name}: LiteRT can't repeat as often as is computed while running")
+    batch, first = call.converter.inputs[0][1], repeats[0]
+    if not all(isinstance(n, int) for n in [*repeats[1:], *x.shape]):
+        raise ExportError(f"{call.name}: LiteRT can't repeat as often as is computed while running")
+    shape = [x.shape[0], *call.shape[1:]]
+    wide = move(call, "TILE", [x, call.b.integers([1, *repeats[1:]])], x, table="Tile", shape=shape)
+    sizes = call.b.shape_like(batch, [first, *shape], call.name)
+    many = [call.b.reshaped(wide, [1, *shape]), sizes]
+    again = move(call, "BROADCAST_TO", many, x, table="BroadcastTo", shape=[first, *shape])
+    return call.b.reshaped(again, call.shape, name=call.name)
+
+
+def col2im(call: Call) -> Value:
+    """Blocks that don't overlap, side by side: a reshape and a transpose."""
+    x = call.b.arranged(moved(call), False)
+    kernel, stride = call["kernel_size"], call["stride"]
+    if list(kernel) != list(stride) or any(call["padding"]) or any(n != 1 for n in call["dilation"]):
+        raise ExportError(f"{call.name}: LiteRT can't add up blocks that overlap")
+    batch, channels, *size = call.shape
+    across = [n // k for n, k in zip(size, kernel, strict=True)]
+    blocks = call.b.reshaped(x, [batch, channels, *kernel, *across])
+    return call.b.reshaped(_transposed(call, blocks, [0, 1, 4, 2, 5, 3]), call.shape, name=call.name)
 
 
 def roll(call: Call) -> Value:
@@ -364,6 +391,7 @@ ROWS: dict[Any, Row] = {
     aten.gather.default: gather,
     **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), arange),
     aten.repeat.default: repeat,
+    aten.col2im.default: col2im,
     aten.roll.default: roll,
     aten.flip.default: flip,
 }  # fmt: skip
