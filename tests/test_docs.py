@@ -186,7 +186,7 @@ def test_ranges_page_figures_are_measured() -> None:
     assert [name for name, _ in tables] == ["int8", "int4"]
     for fmt, table in tables:
         found = re.findall(row, table, re.MULTILINE)
-        assert {name for name, _, _ in found} == set(ranges.known()) - {"fixed"}
+        assert {name for name, _, _ in found} == set(ranges.known()) - {"fixed", "given"}
         for name, q, figures in found:
             spec = {"use": name, "q": float(q)} if q else name
             for values, said in zip(("usual", "spoilt", "relu", "sparse"), figures.split("|"), strict=True):

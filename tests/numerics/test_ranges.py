@@ -12,6 +12,8 @@ from torch import Tensor
 
 from bitport.errors import FormatError, RecipeError, UnknownName, WeightsError
 from bitport.formats import Format
+from bitport.numerics.codes import fit
+from bitport.numerics.estimators import grid_step
 from bitport.numerics.quantize import fake_quantize, qparams
 from bitport.numerics.ranges import (
     Histogram,
@@ -220,11 +222,49 @@ def test_degenerate_histograms(spec: str, values: list[float]) -> None:
     assert values or (low, high) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+def test_weights_that_lie_on_a_grid_keep_it(granularity: str) -> None:
+    """Whatever its largest code is; `minmax` would take another grid where that isn't 127."""
+    fmt = Format.parse(
+        "int8", granularity=granularity, group=8 if granularity == "group" else None, symmetric=True
+    )
+    fmt = fmt if granularity == "tensor" else fmt.with_(axis=0)
+    codes = torch.randint(-90, 91, (6, 16))
+    codes[:, 0], codes[:, 8] = 90, -89
+    w = codes * torch.full((6, 1), 0.0123)
+    scale, _ = qparams(*weight_ranges(w, fmt, "given"), fmt)
+    torch.testing.assert_close(scale, torch.full_like(scale, 0.0123))
+    assert float((fit(w, fmt, "minmax").scale - 0.0123).abs().max()) > 0.001
+
+
+def test_weights_on_no_grid_get_their_extremes() -> None:
+    fmt = Format.parse("int8", granularity="channel", symmetric=True).with_(axis=0)
+    w = torch.randn(4, 50)
+    w[1] = (w[1] * 10).round()
+    w[2] = 0
+    asked, whole = (torch.stack(weight_ranges(w, fmt, name)) for name in ("given", "minmax"))
+    assert torch.equal(asked[:, [0, 2, 3]], whole[:, [0, 2, 3]])
+    found = grid_step(w, 127)
+    assert found[0] == found[2] == found[3] == 0
+    assert torch.equal(w[1] / found[1], (w[1] / found[1]).round())
+
+
+@given(st.integers(1, 127), st.floats(1e-6, 1e6), st.lists(st.integers(-127, 127), min_size=1, max_size=40))
+def test_a_step_stores_without_loss(most: int, scale: float, codes: list[int]) -> None:
+    held = torch.tensor([[max(-most, min(most, code)) for code in codes]]) * torch.tensor(scale)
+    step = float(grid_step(held, most))
+    assert (step > 0) == bool(held.any())
+    if step:
+        again = (held / step).round()
+        assert float(again.abs().max()) <= most
+        assert float((again * step - held).abs().max()) <= 2e-3 * step
+
+
 def test_specs() -> None:
     h = histogram(torch.randn(5000))
     assert estimate(h, INT8, {"use": "percentile", "q": 99.0}) == percentile(h, INT8, q=99.0)
     assert estimate(h, INT8, "percentile") == percentile(h, INT8, q=99.99)
-    names = {"minmax", "moving_average", "percentile", "mean_std", "mse", "entropy", "hqq", "fixed"}
+    names = {"minmax", "moving_average", "percentile", "mean_std", "mse", "entropy", "hqq", "fixed", "given"}
     assert set(known()) == names
     assert all(summary.endswith(".") for summary in known().values())
 

@@ -74,9 +74,10 @@ def _again(model: RaisedModule, device: str, nonfinite: str) -> Graph:
     copied = copy.deepcopy(model).to(device).eval()
     known = copied.meta[META]
     inputs = [InputSpec(*item) for item in known["inputs"]]
-    return finish(
-        copied, inputs, [*known["notes"], *settled(copied, nonfinite)], known["stage"], known["sizes"]
-    )
+    notes = [*known["notes"], *settled(copied, nonfinite)]
+    graph = finish(copied, inputs, notes, known["stage"], known["sizes"])
+    graph.given = dict(known["given"])
+    return graph
 
 
 def _copy(model: nn.Module) -> nn.Module:

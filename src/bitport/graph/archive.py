@@ -14,7 +14,7 @@ import torch
 from bitport.errors import BitportError, LoadError, first_line
 from bitport.graph._pt2_scan import scanned
 from bitport.graph.export import quiet_export
-from bitport.graph.graph import Graph
+from bitport.graph.graph import GivenScale, Graph
 from bitport.graph.program import from_program
 from bitport.graph.weights import settled
 
@@ -32,6 +32,7 @@ def save_pt2(graph: Graph, path: str | Path) -> None:
         "notes": graph.notes,
         "inputs": [{"name": i.name, "shape": list(i.shape)} for i in graph.inputs],
         "sizes": graph.sizes,
+        "given": {name: list(scale) for name, scale in graph.given.items()},
     }
     program = graph.export()
     with Path(path).open("wb") as file, warnings.catch_warnings():
@@ -127,7 +128,10 @@ def _graph(
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(program, device)
-    return from_program(program, None, axes, notes, known.get("stage", "float")), known
+    graph = from_program(program, None, axes, notes, known.get("stage", "float"))
+    for name, (scale, *integers) in known.get("given", {}).items():
+        graph.given[name] = GivenScale(float(scale), *map(int, integers)).checked(name)
+    return graph, known
 
 
 def _known(text: str | bytes) -> dict[str, Any]:

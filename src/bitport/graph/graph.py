@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from difflib import get_close_matches
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from bitport.errors import GraphError
+from bitport.errors import GraphError, LoadError
 from bitport.graph import blocks as _blocks
 from bitport.graph import names, shapes, spec
 from bitport.graph.match import Op, classify, is_shape, op_name
@@ -32,6 +33,21 @@ class Edge(NamedTuple):
     producer: str
     consumer: str
     slot: int
+
+
+class GivenScale(NamedTuple):
+    """How an already quantized file stored an activation: (q − zero_point) · scale, low ≤ q ≤ high."""
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+
+    def checked(self, name: str) -> GivenScale:
+        """The scale itself. Raises LoadError where no numbers can be stored so."""
+        if math.isfinite(self.scale) and self.scale > 0 and self.low <= self.zero_point <= self.high:
+            return self
+        raise LoadError(f"{name!r} is quantized by {tuple(self)}, which is no scale: write the file again")
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,8 @@ class Graph:
         self.sizes = dict(sizes or {})  # axis name -> the length it had in the example
         # input name -> lowest and highest value of its example, where one was given; no part of what the network is
         self.examples: dict[str, tuple[float, float]] = {}
+        # input or node -> the scale that it came with; a graph whose activations are other ones has none
+        self.given: dict[str, GivenScale] = {}
         self.entries: dict[str, tuple[InputSpec, ...]] = {"forward": self.inputs}
         self._ops: dict[fx.Node, tuple[Any, Op]] = {}
         self._symbols: dict[str, str] = {}
@@ -205,7 +223,7 @@ class Graph:
         twin = copy.copy(self)  # nodes bring their shapes along: nothing is propagated
         twin.gm = copy.deepcopy(self.gm, known)
         twin.notes, twin.sizes = list(self.notes), dict(self.sizes)
-        twin.origin, twin.examples = dict(self.origin), dict(self.examples)
+        twin.origin, twin.examples, twin.given = dict(self.origin), dict(self.examples), dict(self.given)
         twin.entries, twin._symbols, twin._ops = dict(self.entries), dict(self._symbols), {}
         return twin
 
@@ -307,6 +325,7 @@ class Graph:
             "notes": list(self.notes),
             "stage": self.stage,
             "sizes": dict(self.sizes),
+            "given": dict(self.given),
         }
         return copied
 

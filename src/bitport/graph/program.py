@@ -15,6 +15,8 @@ from bitport.graph.export import _CARRIED, quiet_export
 from bitport.graph.graph import Graph, InputSpec
 from bitport.graph.raise_ops import Held, held_by, raise_graph
 
+MARK = "bitport_mark"  # what a front end says of the operators that it wrote (`torch.fx.traceback.annotate`)
+
 
 def from_program(
     program: torch.export.ExportedProgram,
@@ -51,7 +53,7 @@ def from_program(
             node.meta["bitport_name"] = item.name
         for node in raised.graph.nodes:
             custom = node.meta.pop("custom", None) or {}
-            node.meta.update({k: custom[k] for k in _CARRIED if k in custom})
+            node.meta.update({k: custom[k] for k in (*_CARRIED, MARK) if k in custom})
         return finish(raised, inputs, [*said, *more], stage, sizes)
 
 

@@ -116,6 +116,9 @@ def fold_batch_norms(graph: Graph) -> None:
         source = foldable(graph, node)
         if source is not None:
             _fold_into(graph, source, graph.op(source), graph.op(node))
+            graph.given.pop(graph.name(source), None)  # of what the norm read
+            if graph.name(node) in graph.given:
+                graph.given[graph.name(source)] = graph.given.pop(graph.name(node))
             node.replace_all_uses_with(source)
             graph.gm.graph.erase_node(node)
     _clean(graph)

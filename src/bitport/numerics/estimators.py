@@ -26,6 +26,7 @@ ESTIMATORS: dict[str, Estimator] = {}
 WEIGHT_ESTIMATORS: dict[str, TensorEstimator] = {}
 # Beyond this the square of a value may leave float64.
 _LARGEST_SQUARED = 1e150
+ON_GRID = 1e-3  # of a step: what float32 leaves of a decoded number is far below it
 
 
 def estimator(function: Estimator) -> Estimator:
@@ -65,6 +66,50 @@ def minmax(h: Histogram, fmt: Format) -> tuple[float, float]:
 @for_weights("minmax")
 def _minmax_of_weights(w_RV: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     return w_RV.amin(1), w_RV.amax(1)
+
+
+@estimator
+def given(h: Histogram, fmt: Format) -> tuple[float, float]:
+    """The range that an already quantized file came with; where it has none, as `minmax`.
+
+    `calibrate` takes a tensor's scale from the graph (`Graph.given`). A weight gets the finest grid that all its
+    values lie on, which stores it without loss; one that lies on none gets `minmax`.
+    """
+    return h.minimum, h.maximum
+
+
+@for_weights("given")
+def _grid_of_weights(w_RV: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    if not (fmt.is_int and fmt.symmetric) or not w_RV.numel():
+        return w_RV.amin(1), w_RV.amax(1)
+    step_R = grid_step(w_RV, fmt.high)
+    on = step_R > 0
+    return (
+        torch.where(on, -step_R * fmt.high, w_RV.amin(1)),
+        torch.where(on, step_R * fmt.high, w_RV.amax(1)),
+    )
+
+
+def grid_step(x_RV: Tensor, most: int) -> Tensor:
+    """The finest step s per row with x = s · n, n whole, |n| ≤ most, up to a thousandth of a step; 0: there is none.
+
+    Args:
+        x_RV: float32. most: the largest code.
+
+    Returns: [R], float32. A row of zeros has none.
+    """
+    reach_R = x_RV.abs().amax(1)
+    step_R = torch.zeros_like(reach_R)
+    open_R = torch.nonzero(reach_R > 0).flatten()
+    for largest in range(most, 0, -1):
+        if not open_R.numel():
+            break
+        tried_R = reach_R[open_R] / largest
+        codes_RV = x_RV[open_R] / tried_R[:, None]
+        on = (codes_RV - codes_RV.round()).abs().amax(1) <= ON_GRID
+        step_R[open_R[on]] = tried_R[on]
+        open_R = open_R[~on]
+    return step_R
 
 
 @estimator

@@ -57,6 +57,7 @@ def nearer(
     if not change <= SAME:
         tell(context, what, "left out", f"float32 can't hold it: outputs would change by {change:.1e}")
         return graph, plan
+    moved.given = {}  # its activations are other ones
     scratch = replace(context, notes=[], tried=[])
     judge = Judge(reference, context.arithmetic, judged)
 

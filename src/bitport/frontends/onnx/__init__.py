@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.traceback import preserve_node_meta
 
 from ...errors import LoadError
-from ...graph import Graph
+from ...graph import GivenScale, Graph
+from ...graph.program import MARK
 from .. import pytorch
 from ._calls import LARGEST, OPERATORS, SMALL_FLOATS, Array
 from ._module import identifier, network
@@ -75,12 +77,24 @@ def load_model(
     fixed = {name: _known(name, examples) for name in deciding}
     module = network(model, fixed)
     inputs = {identifier(port.name): examples[port.name] for port in model.inputs if port.name not in fixed}
-    graph = pytorch.load_module(module, inputs, dynamic_shapes, device, nonfinite, owned=True)
+    with preserve_node_meta(bool(model.given)):
+        graph = pytorch.load_module(module, inputs, dynamic_shapes, device, nonfinite, owned=True)
+    graph.given = _given(graph, model)
     graph.notes += model.notes
     graph.notes += [
         f"input {name!r} is fixed at {value.tolist()}: it decides shapes" for name, value in fixed.items()
     ]
     return graph
+
+
+def _given(graph: Graph, model: Model) -> dict[str, GivenScale]:
+    """The scales of a quantized file by the names of the graph."""
+    called = {port.name: identifier(port.name) for port in model.inputs}
+    for node in graph.gm.graph.nodes:
+        mark = node.meta.pop(MARK, None)
+        if mark is not None:
+            called[mark] = graph.name(node)  # the last of those that an operator became
+    return {called[name]: scale for name, scale in model.given.items() if name in called}
 
 
 def _deciding(model: Model) -> list[str]:

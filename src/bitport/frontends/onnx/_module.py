@@ -6,14 +6,16 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx.traceback import annotate
 
 from ...errors import BitportError, LoadError, first_line
+from ...graph.program import MARK
 from . import attention, elementwise, indexing, layers, quantized, recurrent, reducing, sampling, shaping
 from ._calls import OPERATORS, Array, Call, Operator, Unsupported, Value, is_known, tensor
 from ._reading import DOMAINS, Model, Node
@@ -96,6 +98,7 @@ class Network(Scope):
         self.given = {port.name: identifier(port.name) for port in model.inputs if port.name not in fixed}
         self.wanted = {name: identifier(name) for name in model.outputs}
         self.fixed = dict(fixed)
+        self.marked = set(model.given)
         constants = model.constants
         shared: dict[str, nn.Parameter] = {}
         biases = _biases(model)
@@ -165,7 +168,8 @@ class Network(Scope):
         values |= {name: inputs[key] for name, key in self.given.items()}
         for path, node, step, outputs in self.steps:
             read = [values.get(name) for name in node.inputs]
-            with _told(node):
+            marked = annotate({MARK: outputs[0]}) if outputs[0] in self.marked else nullcontext()
+            with _told(node), marked:
                 if step is None:
                     found = self.get_submodule(path)(*read)
                 else:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import LoadError, NotEnoughMemory, first_line
+from ...graph import GivenScale
 from . import _branches, _external, _functions
 from ._calls import Array
 
@@ -59,6 +60,7 @@ class Model:
     constants: dict[str, Array]
     opset: int
     notes: list[str] = field(default_factory=list)
+    given: dict[str, GivenScale] = field(default_factory=dict)  # of tensors whose roundings were taken out
 
 
 def read(path: Path) -> Model:

@@ -7,16 +7,17 @@ DequantizeLinear decodes become floats, on their grid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
+from ...graph import GivenScale
 from ._calls import Array, Call
+from ._qoperators import DEQUANTIZE, QUANTIZE, as_pairs, needed
 from ._reading import DOMAINS, Model, Node
 from .quantized import dequantize
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 NEVER_NEGATIVE = {"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Softplus", "Exp", "Sqrt"}
 SUMS = {"Add", "Mul", "Concat", "Max", "Sum", "Mean"}  # of what is never negative
 ARRANGED = {
@@ -29,12 +30,13 @@ MOVES = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", 
 
 def without_rounding(model: Model) -> Model:
     """The model in float; itself where there is nothing to take out. A note tells what went."""
-    model = _pairs_together(model)
+    model = _pairs_together(as_pairs(model))
     made = {name: node for node in model.nodes for name in node.outputs if node.domain in DOMAINS}
     constants: dict[str, Array] = dict(model.constants)
     nodes: list[Node] = []
     instead: dict[str, str] = {}  # what stands for a tensor
     positive: set[str] = set()  # what is never negative
+    given: dict[str, GivenScale] = {}
     pairs = weights = 0
     for node in model.nodes:
         node = replace(node, inputs=[instead.get(name, name) for name in node.inputs])
@@ -46,8 +48,12 @@ def without_rounding(model: Model) -> Model:
                 if read in made and read not in positive and _starts_at_zero(source, constants):
                     nodes.append(replace(node, kind="Relu", inputs=[read], attrs={}, scope=""))
                     positive.update(node.outputs)
+                    read = node.outputs[0]
                 else:
                     instead[node.outputs[0]] = read
+                scale = _scale(source, constants)
+                if scale is not None:
+                    given[read] = scale
                 continue
             if all(name in constants for name in node.inputs if name):
                 constants[node.outputs[0]] = _decoded(node, model, constants)
@@ -61,11 +67,24 @@ def without_rounding(model: Model) -> Model:
     for name in model.outputs:
         if name in instead:  # outputs keep their names
             nodes.append(Node("Identity", "", f"{name} as it is", [instead[name]], [name], {}, scope=""))
-    nodes = _needed(nodes, model.outputs)
+    nodes = needed(nodes, model.outputs)
     note = (
         f"the file is quantized: {pairs} roundings of activations were taken out, {weights} weights decoded"
     )
-    return replace(model, nodes=nodes, constants=constants, notes=[*model.notes, note])
+    return replace(model, nodes=nodes, constants=constants, notes=[*model.notes, note], given=given)
+
+
+def _scale(quantize: Node, constants: Mapping[str, Array]) -> GivenScale | None:
+    """What a rounding rounds to; None: each channel has a scale of its own, or what is stored are floats."""
+    scale = constants.get(quantize.inputs[1])
+    zero = constants.get(quantize.inputs[2]) if len(quantize.inputs) > 2 else np.zeros((), np.uint8)
+    if scale is None or zero is None or scale.size != 1 or zero.dtype.kind not in "iu":
+        return None
+    if len(quantize.inputs) < 3 and quantize.attrs.get("output_dtype"):
+        return None
+    info = np.iinfo(zero.dtype)
+    found = GivenScale(float(scale.reshape(())), int(zero.reshape(-1)[0]), int(info.min), int(info.max))
+    return found.checked(quantize.name)
 
 
 def _pairs_together(model: Model) -> Model:
@@ -143,13 +162,3 @@ def _decoded(node: Node, model: Model, constants: Mapping[str, Array]) -> Array:
     call = Call(node.kind, node.name, node.attrs, model.opset)
     found = dequantize(call, *(constants[name] if name else None for name in node.inputs))
     return np.asarray(found.numpy())
-
-
-def _needed(nodes: list[Node], outputs: Sequence[str]) -> list[Node]:
-    """Those of the nodes that something reads."""
-    wanted, kept = set(outputs), []
-    for node in reversed(nodes):
-        if wanted & set(node.outputs):
-            kept.append(node)
-            wanted.update(node.inputs)
-    return kept[::-1]

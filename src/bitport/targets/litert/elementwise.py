@@ -19,11 +19,17 @@ SMALL, ODD = (
     0.5,
     (1, 3, 5, 7, 9, 11, 13),
 )  # terms of artanh's series: the next is below 1e-8 of it where |x| < 0.5
+NARROW = (torch.int8, torch.uint8, torch.int16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 def operands(call: Call, given: Sequence[Any], dtype: torch.dtype) -> tuple[list[Value], bool]:
-    """Operands in one layout and type, and whether that has the channels last. given: tensors, values or numbers."""
+    """Operands in one layout and type, and whether that has the channels last. given: tensors, values or numbers.
+
+    Raises ExportError for narrow integers without a scale, on which LiteRT ends the process.
+    """
+    if dtype in NARROW and not call.integer:
+        raise ExportError(f"{call.name}: LiteRT computes with {dtype} only where it is quantized: make it int32")
     rank = len(call.shape)
     stored = [unwrapped(value) for value in given]
     last = any(isinstance(v, Value) and v.last and v.rank == rank for v in stored)
