@@ -69,6 +69,13 @@ def order(rank: int) -> list[int]:
     return [0, *range(2, rank), 1] if rank > 1 else list(range(rank))
 
 
+def type_of(dtype: torch.dtype, name: str) -> str:
+    """The schema's name of a type. Raises ExportError where it has none."""
+    if dtype not in TYPES:
+        raise ExportError(f"{name}: LiteRT has no numbers of type {dtype}: use float32, int32 or int64")
+    return TYPES[dtype]
+
+
 class Builder:
     """Writes operators; knows how long dynamic axes are in the file as it is written (symbols)."""
 
@@ -128,7 +135,7 @@ class Builder:
         shape = plain(shape)
         there = [shape[dim] for dim in order(len(shape))] if last else list(shape)
         index = self.file.tensor(
-            name, self.sizes(there), TYPES[dtype], dynamic=self.dynamic(there), quant=quant
+            name, self.sizes(there), type_of(dtype, name), dynamic=self.dynamic(there), quant=quant
         )
         if last and quant is not None:
             self.file.turned.append(self.file.tensors[index].name)
@@ -152,7 +159,7 @@ class Builder:
     def _written(self, value: Tensor, name: str, quant: Quant | None, last: bool, bits: int) -> Value:
         turned = value.detach().permute(order(value.dim())) if last else value.detach()
         shape = tuple(int(size) for size in turned.shape)
-        dtype, raw = TYPES[value.dtype], turned.contiguous()
+        dtype, raw = type_of(value.dtype, name), turned.contiguous()
         array = raw.view(torch.int16).numpy() if value.dtype == torch.bfloat16 else raw.numpy()
         if bits:
             codes = array.reshape(-1).astype(np.uint8) & 15

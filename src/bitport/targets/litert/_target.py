@@ -165,7 +165,7 @@ class _Session(Session):
 def _told() -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise TargetError(f"LiteRT failed while running: {first_line(error)}") from error
 
 

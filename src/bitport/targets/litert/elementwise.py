@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ...errors import ExportError
-from ._build import TYPES, Size, Value
+from ._build import Size, Value, type_of
 from .convert import Call, Dequantized, Row, shape_of
 
 aten = torch.ops.aten
@@ -29,7 +29,9 @@ def operands(call: Call, given: Sequence[Any], dtype: torch.dtype) -> tuple[list
     Raises ExportError for narrow integers without a scale, on which LiteRT ends the process.
     """
     if dtype in NARROW and not call.integer:
-        raise ExportError(f"{call.name}: LiteRT computes with {dtype} only where it is quantized: make it int32")
+        raise ExportError(
+            f"{call.name}: LiteRT computes with {dtype} only where it is quantized: make it int32"
+        )
     rank = len(call.shape)
     stored = [unwrapped(value) for value in given]
     last = any(isinstance(v, Value) and v.last and v.rank == rank for v in stored)
@@ -76,7 +78,7 @@ def cast(call: Call, value: Value, dtype: torch.dtype) -> Value:
     s = call.b.file.s.TensorType
     return call.step(
         "CAST", [value], value.shape, dtype=dtype, last=value.last, table="Cast",
-        inDataType=getattr(s, TYPES[value.dtype]), outDataType=getattr(s, TYPES[dtype]),
+        inDataType=getattr(s, type_of(value.dtype, call.name)), outDataType=getattr(s, type_of(dtype, call.name)),
     )  # fmt: skip
 
 
@@ -140,6 +142,27 @@ def unary(kind: str, table: str | None = None, key: str = "self") -> Callable[[C
         return call.give(kind, [x], last=x.last, options=None if table is None else {"table": table})
 
     return write
+
+
+def reciprocal(call: Call) -> Value:
+    (one, x), last = operands(call, [1.0, call["self"]], torch.float32)
+    return call.give("DIV", [one, x], last=last, options={"table": "Div"})
+
+
+def isnan(call: Call) -> Value:
+    """What differs from itself."""
+    x = call.read("self")
+    options = {"table": "NotEqual"}
+    return call.give("NOT_EQUAL", [x, x], last=x.last, dtype=torch.bool, options=options)
+
+
+def tan(call: Call) -> Value:
+    x = call.read("self")
+    sine, cosine = (
+        call.step(kind, [x], x.shape, last=x.last, **({"table": "Cos"} if kind == "COS" else {}))
+        for kind in ("SIN", "COS")
+    )
+    return call.give("DIV", [sine, cosine], last=x.last, options={"table": "Div"})
 
 
 def leaky_relu(call: Call) -> Value:
@@ -226,6 +249,8 @@ def compare(kind: str, table: str) -> Row:
 
 def logical(kind: str, table: str) -> Row:
     def write(call: Call) -> Value:
+        if call.result.dtype != torch.bool:
+            raise ExportError(f"{call.name}: LiteRT has no bitwise operators")
         (a, b), last = operands(call, [call["self"], call["other"]], torch.bool)
         return call.give(kind, [a, b], last=last, options={"table": table})
 
@@ -337,6 +362,11 @@ ROWS: dict[Any, Row] = {
     **dict.fromkeys(
         (aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor), logical("LOGICAL_OR", "LogicalOr")
     ),
+    aten.logical_xor.default: logical("NOT_EQUAL", "NotEqual"),
+    aten.isnan.default: isnan,
+    aten.reciprocal.default: reciprocal,
+    aten.sign.default: unary("SIGN", "Sign"),
+    aten.tan.default: tan,
     aten.logical_not.default: unary("LOGICAL_NOT", "LogicalNot"),
     aten.bitwise_not.default: bitwise_not,
     **dict.fromkeys((aten.remainder.Tensor, aten.remainder.Scalar), remainder),

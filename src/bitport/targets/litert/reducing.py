@@ -143,15 +143,19 @@ def group_norm(call: Call) -> Value:
     for kind, given in (("MUL", weight), ("ADD", bias)):
         if isinstance(given, Tensor):
             made = _affine(call, made, kind, call.memo(given, kind, lambda t: t.reshape(-1, *ones)), False)
+        elif given is not None:
+            made = _affine(call, made, kind, call.b.reshaped(call.take(given), [x.shape[1], *ones]), False)
     return made
 
 
 def batch_norm(call: Call) -> Value | tuple[Value, None, None]:
     """With the statistics that it has: a product and a sum per channel. Decomposed it gives three tensors."""
-    if call["training"] or not isinstance(call["running_mean"], Tensor):
-        raise ExportError(f"{call.name}: LiteRT takes no statistics of a batch")
-    x = call.read("input")
     mean, var, weight, bias = (call[key] for key in ("running_mean", "running_var", "weight", "bias"))
+    if call["training"] or mean is None:
+        raise ExportError(f"{call.name}: LiteRT takes no statistics of a batch")
+    if any(given is not None and not isinstance(given, Tensor) for given in (mean, var, weight, bias)):
+        raise ExportError(f"{call.name}: LiteRT takes no statistics and weights that the network computes")
+    x = call.read("input")
     factor = torch.rsqrt(var.double() + call["eps"]) * (1 if weight is None else weight.double())
     offset = (0 if bias is None else bias.double()) - mean.double() * factor
     ones = [1] * (x.rank - 2)
@@ -212,6 +216,8 @@ ROWS: dict[Any, Row] = {
     aten.sum.default: reduce("SUM"),
     aten.amax.default: reduce("REDUCE_MAX"),
     aten.amin.default: reduce("REDUCE_MIN"),
+    aten.prod.dim_int: reduce("REDUCE_PROD"),
+    aten.prod.default: reduce("REDUCE_PROD"),
     aten.any.dim: reduce("REDUCE_ANY"),
     aten.any.default: reduce("REDUCE_ANY"),
     aten.all.default: reduce("REDUCE_ALL"),
