@@ -45,9 +45,15 @@ def test_openvino_still_refuses_it_and_says_why(name: str) -> None:
         on("openvino", name)
 
 
-@pytest.mark.parametrize("name", in_turn(["resnet"], ()))
+@pytest.mark.parametrize("name", in_turn([name for name in VISION if name != "mobilevitv2"], ()))
 def test_its_integers_arrive_on_executorch(name: str) -> None:
-    assert on("executorch", name).share() == 1.0
+    assert on("executorch", name).share() > 0.85
+
+
+@pytest.mark.slow
+def test_executorch_still_writes_what_it_can_not_load() -> None:
+    with pytest.raises(TargetError, match="can't load"):
+        on("executorch", "mobilevitv2")
 
 
 @pytest.mark.parametrize("name", in_turn(VISION, ("resnet", "vit")))

@@ -251,6 +251,23 @@ def test_what_it_has_no_kernels_for_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.b(m.a(x) + m.turned),  # its axes of one have strides as if they were elsewhere
+        lambda m, x: m.b(torch.cat([m.first.expand(x.shape[0], -1, -1, -1), m.a(x)], 3)),
+    ],
+    ids=["strides", "moved-constant"],
+)
+def test_stored_tensors(function: Any) -> None:
+    torch.manual_seed(0)
+    net = Net(
+        function, a=conv(), b=conv(8, 4), turned=torch.randn(1, 1, 1, 8).permute(0, 3, 1, 2),
+        first=torch.randn(1, 8, 8, 1),
+    )  # fmt: skip
+    assert_exact(ship(prepare(net, [images(8)], "executorch"), images(4)))
+
+
 def test_what_stays_float_between_integers() -> None:
     torch.manual_seed(3)
     net = Net(

@@ -111,12 +111,28 @@ def test_a_batch_norm_beside_an_operator_that_is_decomposed(tmp_path: Path) -> N
         lambda m, x: m.a(x) * 2.0 + 1.0,  # single numbers beside channels that are last
         lambda m, x: m.a(x) * m.scale,
         lambda m, x: torch.log1p(torch.exp(m.a(x))),
+        lambda m, x: torch.erf(m.a(x)),
+        lambda m, x: torch.tan(m.a(x).sigmoid()) + m.a(x).abs().add(1).reciprocal().prod(1, keepdim=True),
+        lambda m, x: torch.where((m.a(x) > 0) ^ (m.a(x) < 1), m.a(x).sign(), m.scale),
+        lambda m, x: F.group_norm(m.a(x), 2, m.a(x)[0, :, 0, 0], m.a(x)[0, :, 1, 1]),
         lambda m, x: m.a(x)[:, :, torch.tensor([[0], [2]]), torch.tensor([1, 3])],
         lambda m, x: m.a(x)[torch.tensor([0]), :, :, torch.tensor([3])],
         lambda m, x: F.fold(F.unfold(m.a(x), 2, stride=2), 8, 2, stride=2),
         lambda m, x: m.table.repeat(x.shape[0], 1, 1) + m.a(x).flatten(0, 1),
     ],
-    ids=["numbers", "number", "log1p", "two-axes", "axes-apart", "fold", "repeat"],
+    ids=[
+        "numbers",
+        "number",
+        "log1p",
+        "erf",
+        "tan",
+        "xor",
+        "group_norm",
+        "two-axes",
+        "axes-apart",
+        "fold",
+        "repeat",
+    ],
 )
 def test_operators_that_it_has_none_for(function: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -125,6 +141,20 @@ def test_operators_that_it_has_none_for(function: Any, tmp_path: Path) -> None:
     for batch in (4, 2):
         x = images(batch)
         torch.testing.assert_close(run(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda m, x: (m.a(x) * 8).int() & x.int(), "LiteRT has no bitwise operators"),
+        (lambda m, x: (m.a(x) * 8).to(torch.int8) + 1, "computes with torch.int8 only where it is quantized"),
+        (lambda m, x: m.a(x).to(torch.float8_e4m3fn).float(), "no numbers of type torch.float8_e4m3fn"),
+        (lambda m, x: F.batch_norm(x, x[0, :, 0, 0], x[0, :, 1, 1].abs()), "statistics and weights that"),
+    ],
+)  # fmt: skip
+def test_what_it_would_compute_wrongly_is_refused(function: Any, why: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=why):
+        in_float(Net(function, a=conv(3, 3)), images(4), tmp_path)
 
 
 def test_logarithms_keep_the_digits_of_small_numbers(tmp_path: Path) -> None:

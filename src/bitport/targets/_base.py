@@ -12,9 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
-from ..errors import MissingDependency, RecipeError
+from ..errors import MissingDependency, RecipeError, TargetError
 from ..graph import Graph
 from ..plan import Plan
 from ..rules import Ruleset
@@ -40,6 +41,16 @@ class Inspection:
     integer: frozenset[str] = frozenset()
     computes: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def as_array(value: Tensor) -> np.ndarray[Any, Any]:
+    """What runtimes are fed with. Raises TargetError for types that numpy lacks."""
+    try:
+        return np.asarray(value.detach().contiguous().numpy())
+    except TypeError as error:
+        raise TargetError(
+            f"an input is {value.dtype}, of which runtimes are fed none: give float32"
+        ) from error
 
 
 class Session(ABC):

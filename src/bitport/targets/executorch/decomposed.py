@@ -62,6 +62,11 @@ class _Decomposer:
         for node in list(self.nodes.find_nodes(op="get_attr")):
             if not node.users:
                 self.nodes.erase_node(node)
+            elif (value := self.module._buffers.get(str(node.target))) is not None:
+                # strides of axes of length one may be any, and ExecuTorch takes the order of axes from them
+                setattr(
+                    self.module, str(node.target), torch.empty(value.shape, dtype=value.dtype).copy_(value)
+                )
         self.nodes.lint()
         self.module.recompile()
         return tuple(shown) if taps else ()

@@ -20,7 +20,7 @@ from ...plan import Plan
 from ...plan.lower import QUANTIZED
 from ...rules import Ruleset
 from ...simulate import Arithmetic
-from .._base import Inspection, Session, Target
+from .._base import Inspection, Session, Target, as_array
 from .._runner import dequantize, quantize
 from . import reference, xnnpack
 from ._load import opened, shaped
@@ -138,10 +138,7 @@ class _Session(Session):
         return [torch.from_numpy(value) for value in fed], found
 
     def prepared(self, inputs: Sequence[Tensor]) -> list[np.ndarray[Any, Any]]:
-        return [
-            _fitting(value.detach().contiguous().numpy(), end)
-            for end, value in zip(self.inputs, inputs, strict=True)
-        ]
+        return [_fitting(as_array(value), end) for end, value in zip(self.inputs, inputs, strict=True)]
 
     def run_prepared(self, prepared: Any) -> None:
         for end, value in zip(self.inputs, prepared, strict=True):

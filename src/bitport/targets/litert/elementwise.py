@@ -15,6 +15,8 @@ from .convert import Call, Dequantized, Row, shape_of
 
 aten = torch.ops.aten
 EXACT = 2.0**31
+WITHOUT_TABLE = ("LOG",)
+ERF = (0.3275911, 0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)  # p, a₁ … a₅
 SMALL, ODD = (
     0.5,
     (1, 3, 5, 7, 9, 11, 13),
@@ -105,26 +107,51 @@ def binary(kind: str, table: str, *, fused: bool = True) -> Row:
     return write
 
 
+class _Chain:
+    """Steps on numbers of one shape, float32."""
+
+    def __init__(self, call: Call, like: Value) -> None:
+        self.call, self.like = call, like
+
+    def number(self, value: float) -> Value:
+        return self.call.b.constant(torch.tensor(value, dtype=torch.float32), f"{self.call.name}/{value:g}")
+
+    def __call__(self, kind: str, *reads: Value | float, dtype: torch.dtype = torch.float32) -> Value:
+        options = {} if kind in WITHOUT_TABLE else {"table": kind.capitalize()}
+        given = [read if isinstance(read, Value) else self.number(read) for read in reads]
+        return self.call.step(kind, given, self.like.shape, dtype=dtype, last=self.like.last, **options)
+
+    def series(self, x: Value, factors: Sequence[float]) -> Value:
+        """factors[0] + factors[1] · x + …, by Horner's rule."""
+        total = self("MUL", x, factors[-1])
+        for factor in factors[-2:0:-1]:
+            total = self("MUL", self("ADD", total, factor), x)
+        return self("ADD", total, factors[0])
+
+
 def log1p(call: Call) -> Value:
     """log(1 + x); of a small x 2 · artanh(x / (2 + x)) as a series, whose digits 1 + x and its logarithm would lose."""
     x = call.read("self")
+    step = _Chain(call, x)
+    z = step("DIV", x, step("ADD", x, 2.0))
+    series = step.series(step("MUL", z, z), [2 / odd for odd in ODD])
+    near = step("LESS", step("ABS", x), SMALL, dtype=torch.bool)
+    reads = [near, step("MUL", z, series), step("LOG", step("ADD", x, 1.0))]
+    return call.give("SELECT_V2", reads, last=x.last, options={"table": "SelectV2"})
 
-    def number(value: float) -> Value:
-        return call.b.constant(torch.tensor(value, dtype=torch.float32), f"{call.name}/{value:g}")
 
-    def step(kind: str, *reads: Value, dtype: torch.dtype = torch.float32) -> Value:
-        options = {} if kind == "LOG" else {"table": kind.capitalize()}
-        return call.step(kind, reads, x.shape, dtype=dtype, last=x.last, **options)
+def erf(call: Call) -> Value:
+    """1 − (a₁t + … + a₅t⁵) · e^(−x²), t = 1 / (1 + p|x|), with the sign of x: to 1.5e-7.
 
-    z = step("DIV", x, step("ADD", x, number(2.0)))
-    square = step("MUL", z, z)
-    series = number(1 / ODD[-1])
-    for odd in ODD[-2::-1]:
-        series = step("ADD", step("MUL", square, series), number(1 / odd))
-    small = step("MUL", step("MUL", z, series), number(2.0))
-    near = step("LESS", step("ABS", x), number(SMALL), dtype=torch.bool)
-    large = step("LOG", step("ADD", x, number(1.0)))
-    return call.give("SELECT_V2", [near, small, large], last=x.last, options={"table": "SelectV2"})
+    Abramowitz and Stegun 1964, 7.1.26.
+    """
+    x = call.read("self")
+    step = _Chain(call, x)
+    t = step("DIV", 1.0, step("ADD", step("MUL", step("ABS", x), ERF[0]), 1.0))
+    bell = step("EXP", step("NEG", step("MUL", x, x)))
+    rest = step("MUL", step("MUL", t, step.series(t, ERF[1:])), bell)
+    reads = [step("SIGN", x), step("SUB", 1.0, rest)]
+    return call.give("MUL", reads, last=x.last, options={"table": "Mul"})
 
 
 def power(call: Call) -> Value:
@@ -362,7 +389,7 @@ ROWS: dict[Any, Row] = {
     **dict.fromkeys(
         (aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor), logical("LOGICAL_OR", "LogicalOr")
     ),
-    aten.logical_xor.default: logical("NOT_EQUAL", "NotEqual"),
+    **dict.fromkeys((aten.logical_xor.default, aten.bitwise_xor.Tensor), logical("NOT_EQUAL", "NotEqual")),
     aten.isnan.default: isnan,
     aten.reciprocal.default: reciprocal,
     aten.sign.default: unary("SIGN", "Sign"),
@@ -376,6 +403,7 @@ ROWS: dict[Any, Row] = {
     aten.exp.default: unary("EXP", "Exp"),
     aten.log.default: unary("LOG"),
     aten.log1p.default: log1p,
+    aten.erf.default: erf,
     aten.sqrt.default: unary("SQRT"),
     aten.rsqrt.default: unary("RSQRT"),
     aten.sin.default: unary("SIN"),

@@ -19,7 +19,7 @@ from ...plan import Plan
 from ...plan.lower import QUANTIZED
 from ...rules import Ruleset
 from ...simulate import Arithmetic
-from .._base import Inspection, Session, Target
+from .._base import Inspection, Session, Target, as_array
 from .._onnx import ROUNDING, U8_OFFSET
 from . import products
 from .arithmetic import FLOAT_OPS, KERNELS
@@ -186,8 +186,7 @@ class _OrtSession(Session):
 
     def prepared(self, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
         return {
-            name: self._taken(name, value.detach().contiguous().numpy())
-            for name, value in zip(self.inputs, inputs, strict=True)
+            name: self._taken(name, as_array(value)) for name, value in zip(self.inputs, inputs, strict=True)
         }
 
     def run_prepared(self, prepared: Any) -> None:

@@ -20,7 +20,7 @@ from ...plan import Plan, lower
 from ...plan.lower import QUANTIZED
 from ...rules import Ruleset
 from ...simulate import Arithmetic
-from .._base import Inspection, Session, Target
+from .._base import Inspection, Session, Target, as_array
 from .._onnx import U8_OFFSET, save, to_onnx, with_heads
 from ._load import settings
 from .arithmetic import KERNELS, quantize
@@ -166,7 +166,7 @@ class _OvSession(Session):
 
     def prepared(self, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
         return {
-            port.get_any_name(): _fitting(value.detach().contiguous().numpy(), port)
+            port.get_any_name(): _fitting(as_array(value), port)
             for port, value in zip(self.inputs, inputs, strict=True)
         }
 
