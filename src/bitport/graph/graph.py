@@ -351,6 +351,8 @@ class Graph:
         state.update(
             repr([list(map(astuple, self.inputs)), list(map(astuple, self.outputs)), self.stage]).encode()
         )
+        if self.given:  # of which a plan may be made
+            state.update(repr(sorted(self.given.items())).encode())
         tensors = [
             *self.gm.named_parameters(remove_duplicate=False),
             *self.gm.named_buffers(remove_duplicate=False),

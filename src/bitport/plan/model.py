@@ -59,6 +59,11 @@ class TensorPlan:
     table: torch.Tensor | None = None
     choose: bool = False
 
+    @property
+    def given(self) -> bool:
+        """Whether the scale is to be the one that the network came with (`Graph.given`)."""
+        return self.range == "given"
+
     def parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, zero_point). Raises GraphError while they are unknown."""
         if self.scale is None or self.zero_point is None:

@@ -66,7 +66,7 @@ def plain_record(
             absent(record, "plain_sqnr_db", f"plain rounding isn't possible here: {error}")
             return {**record, "sqnr_db": finite(found), "holds": True}
     # scales that come with a file are the user's wish, not a method's result: told by the hint, never refused
-    asked = any(tie.range == "given" for tie in plan.measured().values()) and not math.isnan(found)
+    asked = any(tie.given for tie in plan.measured().values()) and not math.isnan(found)
     return {
         **record,
         "sqnr_db": finite(found),

@@ -22,7 +22,6 @@ from ..plan.constants import settle
 from ._base import Context
 from .quantize import fit_weights
 
-GIVEN = "given"  # the range whose scales come with the graph
 RAISED = "larger scales of weights"
 MANY_BAD = 0.01  # beyond this share of non-finite values the data, not a stray sample, is at fault
 
@@ -64,7 +63,7 @@ def measure_ranges(graph: Graph, plan: Plan, context: Context, batches: int | No
         else:
             scale, zero_point = as_given(given, fmt)
         known = str(tie.range if isinstance(tie.range, str) else dict(tie.range))
-        estimators["minmax, having no scale of their own" if known == GIVEN and given is None else known] += 1
+        estimators["minmax, having no scale of their own" if tie.given and given is None else known] += 1
         changed[name] = replace(tie, format=fmt, scale=scale, zero_point=zero_point, choose=False)
     for name, number in sorted(estimators.items()):
         reason = f"{number} tensors by {name}, on {context.calibration.role} data"
@@ -77,9 +76,7 @@ def measure_ranges(graph: Graph, plan: Plan, context: Context, batches: int | No
 
 def _given(graph: Graph, tie: TensorPlan) -> GivenScale | None:
     """The scale that the file of a network had for one of the tensors of a tie, where the recipe asks for it."""
-    if tie.range != GIVEN:
-        return None
-    return next((graph.given[member] for member in tie.members if member in graph.given), None)
+    return next((graph.given[member] for member in tie.members if tie.given and member in graph.given), None)
 
 
 def as_given(given: GivenScale, fmt: Format) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -18,12 +20,13 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from tests.flow import Net, assert_exact, context, conv, images, prepare, ship
-from tests.frontends.onnx.made import exported
+from tests.frontends.onnx.made import exported, model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitport
 from bitport.errors import LoadError
+from bitport.frontends.onnx import load_proto
 from bitport.graph import GivenScale, Graph
 from bitport.graph.archive import load_pt2, save_pt2
 from bitport.graph.simplify import fold_batch_norms
@@ -115,6 +118,9 @@ def test_scales_outlive_files_copies_and_modules(tmp_path: Path) -> None:
     save_pt2(graph, tmp_path / "graph.pt2")
     assert load_pt2(tmp_path / "graph.pt2").given == graph.clone().given == graph.given
     assert bitport.load(graph.module(), images(2)).given == graph.given
+    other = graph.clone()
+    other.given.pop("relu")
+    assert other.digest() != graph.digest()  # a checkpoint of the one is none of the other
 
 
 @pytest.mark.parametrize("scale", [[-1.0, 0, -128, 127], [float("nan"), 0, -128, 127], [1.0, 300, 0, 255]])
@@ -168,3 +174,34 @@ def test_dynamically_quantized_files_give_their_floats(kind: str, tmp_path: Path
     assert [graph.op(node).kind for node in graph.nodes()].count(kind) == 2
     assert any("taken while running" in note for note in graph.notes)
     assert close(graph, tmp_path / "q.onnx", x)
+
+
+def operator_of_integers(change: Callable[[Any], Any] = lambda parts: parts) -> Any:
+    """A QLinearConv whose bias has a scale for each channel; `change` spoils its constants."""
+    parts = {
+        "xs": np.float32(0.1), "xz": np.uint8(3), "w": np.ones((4, 3, 3, 3), np.int8),
+        "ws": np.full(4, 0.02, np.float32), "wz": np.zeros(4, np.int8), "b": np.arange(4, dtype=np.int32),
+        "ys": np.float32(0.2), "yz": np.uint8(9),
+    }  # fmt: skip
+    constants = change(parts)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["q"]),
+        helper.make_node("QLinearConv", ["q", "xs", "xz", "w", "ws", "wz", "ys", "yz", "b"], ["c"], name="c"),
+        helper.make_node("DequantizeLinear", ["c", "ys", "yz"], ["y"]),
+    ]
+    return model(nodes, constants)
+
+
+def test_operators_of_integers_become_layers() -> None:
+    graph = load_proto(operator_of_integers(), images(2))
+    assert [graph.op(node).kind for node in graph.nodes()] == ["conv"]
+    assert graph.given["x"] == (pytest.approx(0.1), 3, 0, 255) and len(graph.given) == 2
+    bias = next(value for name, value in graph.gm.named_parameters() if name.endswith("bias"))
+    torch.testing.assert_close(bias.detach(), torch.arange(4) * 0.002)
+
+
+def test_an_operator_of_integers_that_does_not_fit_is_none() -> None:
+    """Scales for other channels than there are; they are read as what they would compute, or refused as that."""
+    proto = operator_of_integers(lambda parts: {**parts, "ws": np.full(3, 0.02, np.float32)})
+    with pytest.raises(LoadError, match="'c' \\(QLinearConv\\) can't be imported"):
+        load_proto(proto, images(2))

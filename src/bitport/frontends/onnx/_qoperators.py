@@ -17,6 +17,7 @@ from ._reading import DOMAINS, Model, Node
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 CONTRIBUTED = "com.microsoft"
+UNFIT = (IndexError, KeyError, ValueError)  # an operand that isn't known, isn't there, or is of another size
 DYNAMIC = {"MatMulInteger": "MatMul", "ConvInteger": "Conv"}
 
 
@@ -52,13 +53,18 @@ class _Writer:
         return made
 
     def bias(self, slot: int, x_scale: str, w_scale: str) -> str:
-        """int32 numbers on the product of two scales; "" where there are none. Raises KeyError for unknown ones."""
+        """int32 numbers on the product of two scales; "" where there are none.
+
+        Raises KeyError for unknown ones, ValueError where they don't fit.
+        """
         name = self.node.inputs[slot] if slot < len(self.node.inputs) else ""
         if not name:
             return ""
-        known = self.constants[name] * (self.constants[x_scale] * self.constants[w_scale])
-        made = f"{name} decoded"
-        self.constants[made] = known.astype(np.float32)
+        codes, scales = self.constants[name], self.constants[w_scale].reshape(-1)
+        if scales.size not in (1, codes.size) or self.constants[x_scale].size != 1:
+            raise ValueError("a scale for other channels")
+        made = f"{name} decoded for {self.node.name}"
+        self.constants[made] = (codes * (scales * self.constants[x_scale].reshape(()))).astype(np.float32)
         return made
 
     def result(self, kind: str, inputs: list[str], scale: int, **attrs: object) -> None:
@@ -142,7 +148,7 @@ def _static(model: Model) -> Model:
         try:
             if write is not None:
                 write(writer)
-        except (IndexError, KeyError):  # an operand that isn't known, or isn't there
+        except UNFIT:
             writer.nodes.clear()
         nodes += writer.nodes or [node]
     return replace(model, nodes=nodes, constants=constants)
@@ -153,67 +159,76 @@ def _static(model: Model) -> Model:
 
 def _dynamic(model: Model) -> Model:
     """Products of DynamicQuantizeLinear's codes, brought back to floats by their scales, as products of floats."""
-    made = {name: node for node in model.nodes for name in node.outputs}
-    readers: dict[str, list[Node]] = {}
-    for node in model.nodes:
-        for name in node.inputs:
-            readers.setdefault(name, []).append(node)
-    constants = dict(model.constants)
+    found = _Products(model)
     instead: dict[str, Node] = {}  # by the output of the last of the nodes that a product is spread over
     for node in model.nodes:
-        if node.kind not in DYNAMIC or node.domain not in DOMAINS or len(node.inputs) < 3:
+        if node.kind not in DYNAMIC or node.domain not in DOMAINS:
             continue
-        source = made.get(node.inputs[0])
-        last, scale = _scaled(node, readers, made, constants)
-        weight = constants.get(node.inputs[1])
-        if source is None or source.kind != "DynamicQuantizeLinear" or weight is None or last is None:
+        try:
+            made = found.in_float(node)
+        except UNFIT:
             continue
-        if node.inputs[2] != source.outputs[2] or scale is None or node.outputs[0] in model.outputs:
-            continue
-        zero = (
-            constants.get(node.inputs[3])
-            if len(node.inputs) > 3 and node.inputs[3]
-            else np.zeros((), np.int32)
-        )
-        if zero is None or (zero.size > 1 and node.kind != "MatMulInteger"):
-            continue
-        name = f"{node.inputs[1]} decoded"
-        constants[name] = ((weight.astype(np.int32) - zero.astype(np.int32)) * scale).astype(np.float32)
-        instead[last.outputs[0]] = replace(
-            node, kind=DYNAMIC[node.kind], inputs=[source.inputs[0], name], outputs=list(last.outputs)
-        )
+        instead[made.outputs[0]] = made
     if not instead:
         return model
-    nodes = needed([instead.get(node.outputs[0], node) for node in model.nodes], model.outputs)
+    nodes = [instead.get(node.outputs[0], node) if node.outputs else node for node in model.nodes]
     note = f"the file is quantized: ranges of {len(instead)} products, taken while running, were taken out"
-    return replace(model, nodes=nodes, constants=constants, notes=[*model.notes, note])
+    return replace(
+        model, nodes=needed(nodes, model.outputs), constants=found.constants, notes=[*model.notes, note]
+    )
 
 
-def _scaled(
-    node: Node,
-    readers: Mapping[str, Sequence[Node]],
-    made: Mapping[str, Node],
-    constants: Mapping[str, Array],
-) -> tuple[Node | None, Array | None]:
-    """The Mul that makes floats of a product's sums, and the scale of its weight: Cast, then times both scales."""
-    cast = _only(readers, node.outputs[0])
-    last = _only(readers, cast.outputs[0]) if cast is not None and cast.kind == "Cast" else None
-    if cast is None or last is None:
-        return None, None
-    other = [name for name in last.inputs if name != cast.outputs[0]]
-    scales = made.get(other[0]) if last.kind == "Mul" and len(other) == 1 else None
-    source = made.get(node.inputs[0])
-    if scales is None or scales.kind != "Mul" or source is None or source.outputs[1] not in scales.inputs:
-        return None, None
-    known = [constants[name] for name in scales.inputs if name in constants]
-    if len(known) != 1 or (known[0].size > 1 and (node.kind != "MatMulInteger" or known[0].ndim != 1)):
-        return None, None
-    return last, known[0]
+class _Products:
+    """Reads products of integers that a scale behind them makes floats of."""
 
+    def __init__(self, model: Model) -> None:
+        self.constants, self.outputs = dict(model.constants), set(model.outputs)
+        self.made = {name: node for node in model.nodes for name in node.outputs}
+        self.readers: dict[str, list[Node]] = {}
+        for node in model.nodes:
+            for name in node.inputs:
+                self.readers.setdefault(name, []).append(node)
 
-def _only(readers: Mapping[str, Sequence[Node]], name: str) -> Node | None:
-    found = readers.get(name, ())
-    return found[0] if len(found) == 1 else None
+    def in_float(self, node: Node) -> Node:
+        """The product that gives what the Mul behind it gives. Raises what `UNFIT` lists where it is another one."""
+        source = self.made[node.inputs[0]]
+        codes, scale, zero_point = source.outputs
+        if source.kind != "DynamicQuantizeLinear" or node.inputs[0] != codes or node.inputs[2] != zero_point:
+            raise ValueError("another operand")
+        weight, (scales, last) = self.constants[node.inputs[1]], self._after(node, scale)
+        factor = self._factor(scales, scale)
+        zero = (
+            self.constants[node.inputs[3]] if node.inputs[3:] and node.inputs[3] else np.zeros((), np.int32)
+        )
+        per_column = (1, weight.shape[-1]) if node.kind == "MatMulInteger" else (1,)
+        if factor.size not in per_column or zero.size not in per_column:
+            raise ValueError("a scale or zero point for each row")
+        factor, zero = (part.reshape(()) if part.size == 1 else part.reshape(-1) for part in (factor, zero))
+        name = f"{node.inputs[1]} decoded for {node.name}"
+        self.constants[name] = ((weight.astype(np.int32) - zero.astype(np.int32)) * factor).astype(np.float32)
+        inputs, outputs = [source.inputs[0], name], list(last.outputs)
+        return replace(node, kind=DYNAMIC[node.kind], inputs=inputs, outputs=outputs)
+
+    def _after(self, node: Node, scale: str) -> tuple[Node, Node]:
+        """(the Mul of both scales, the Mul by it), behind the Cast of a product."""
+        cast = self._reader(node.outputs[0], "Cast")
+        last = self._reader(cast.outputs[0], "Mul")
+        (other,) = (name for name in last.inputs if name != cast.outputs[0])
+        scales = self.made[other]
+        if scales.kind != "Mul" or scale not in scales.inputs:
+            raise ValueError("another scale")
+        return scales, last
+
+    def _factor(self, scales: Node, scale: str) -> Array:
+        """The weight's scale."""
+        (other,) = (name for name in scales.inputs if name != scale)
+        return self.constants[other]
+
+    def _reader(self, name: str, kind: str) -> Node:
+        (found,) = self.readers[name]
+        if found.kind != kind or name in self.outputs:
+            raise ValueError(f"not read by {kind}")
+        return found
 
 
 def needed(nodes: list[Node], outputs: Sequence[str]) -> list[Node]:
