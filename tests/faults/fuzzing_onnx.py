@@ -46,7 +46,10 @@ def seeds() -> list[onnx.ModelProto]:
     def weight(*shape: int) -> Any:
         return rng.normal(size=shape).astype(np.float32)
 
-    scale, zero = np.float32(0.1), np.uint8(0)
+    def codes(*shape: int) -> Any:
+        return rng.integers(-9, 9, shape).astype(np.int8)
+
+    scale, zero, bias = np.float32(0.1), np.uint8(0), np.arange(4, dtype=np.int32)
     twice = helper.make_function(
         "m", "Twice", ["a"], ["b"], [node("Add", ["a", "a"], ["b"])], [helper.make_opsetid("", 21)]
     )
@@ -97,6 +100,34 @@ def seeds() -> list[onnx.ModelProto]:
                 "k": np.array([1, 1, 2, 2], np.float32),
                 "p": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
             },
+        ),
+        model(
+            [
+                node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+                node(
+                    "QLinearConv", ["q", "s", "z", "w", "ws", "wz", "s", "z", "b"], ["c"], pads=[1, 1, 1, 1]
+                ),
+                node("QLinearAdd", ["c", "s", "z", "c", "s", "z", "s", "z"], ["a"], domain="com.microsoft"),
+                node("DequantizeLinear", ["a", "s", "z"], ["y"]),
+            ],
+            {
+                "s": scale,
+                "z": zero,
+                "w": codes(4, 3, 3, 3),
+                "ws": np.full(4, scale),
+                "wz": codes(4),
+                "b": bias,
+            },
+        ),
+        model(
+            [
+                node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+                node("MatMulInteger", ["q", "w", "z", "wz"], ["m"]),
+                node("Mul", ["s", "ws"], ["k"]),
+                node("Cast", ["m"], ["f"], to=1),
+                node("Mul", ["f", "k"], ["y"]),
+            ],
+            {"w": codes(8, 4), "wz": codes(4), "ws": np.full(4, scale)},
         ),
         model([node("Relu", ["x"], ["h"]), node("Softmax", ["h"], ["y"], axis=1)], opset=6),
         model([node("If", ["c"], ["y"], then_branch=branch, else_branch=other)], {"c": np.array(True)}),
