@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.flow import Net, conv, images, prepare, ship
+from torch import nn
+from torch.nn import functional as F
 
 import bitport
 from bitport.apart import apart
@@ -70,6 +73,23 @@ def test_an_8_bit_tflite_file_gives_its_float_network(folder: Path, tmp_path: Pa
         graph, "int8", target="onnxruntime", data=data, out=tmp_path / "out", effort="plain"
     )
     assert done.measurements["integer.mac_share"] == 1.0
+
+
+@pytest.mark.slow
+def test_an_8_bit_tflite_file_keeps_its_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Net(
+        lambda m, x: m.c(F.max_pool2d(F.relu(m.b(F.relu(m.a(x)))), 2).flatten(1)),
+        a=conv(3, 8, stride=2), b=conv(8, 8, groups=8), c=nn.Linear(32, 4),
+    )  # fmt: skip
+    first = prepare(net, [images(64)], "litert", weights={"granularity": "channel"})
+    first.target.export(first.work, first.plan, tmp_path)
+    x = images(64)
+    (wanted,) = first.target.open(tmp_path).run((x,))
+    graph = bitport.load(tmp_path / "model.tflite")
+    options = {"weights": {"granularity": "channel", "range": "given"}, "activations": {"range": "given"}}
+    again = ship(prepare(graph, [x], "litert", **options), x)
+    assert torch.equal(again.outputs[0], wanted)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from ._rounding import without_rounding
 from .elementwise import DTYPES
 
 BATCH = 2  # of an example that is made up
+MOVED = ("transpose", "view", "squeeze", "unsqueeze")
 MOST_AXES = 64  # that torch has
 # inputs that must be known, by operator: what an example gives for them is kept
 DECIDING: dict[str, tuple[int, ...]] = {
@@ -94,7 +95,17 @@ def _given(graph: Graph, model: Model) -> dict[str, GivenScale]:
         mark = node.meta.pop(MARK, None)
         if mark is not None:
             called[mark] = graph.name(node)  # the last of those that an operator became
-    return {called[name]: scale for name, scale in model.given.items() if name in called}
+    found = {called[name]: scale for name, scale in model.given.items() if name in called}
+    for node in reversed(graph.nodes()):  # what is moved before it is rounded was as good as rounded before
+        op, name = graph.op(node), graph.name(node)
+        if (
+            op.kind in MOVED
+            and name in found
+            and op.operands[0] is not None
+            and op.operands[0].node is not None
+        ):
+            found.setdefault(graph.name(op.operands[0].node), found[name])
+    return found
 
 
 def _deciding(model: Model) -> list[str]:

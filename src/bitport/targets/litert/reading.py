@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import TargetError
 from ._flatbuffer import BITS, CHANNELS_LAST, IDENTIFIER, schema
 
-LARGEST = 2**31  # bytes of activations of one sample
+LARGEST = 2**31  # bytes of one activation: LiteRT counts them in 32 bits
 MOST_AXES = 8
 KEEPING = ("QUANTIZE", "DEQUANTIZE", "TRANSPOSE", "RESHAPE")
 # What zero points of a type can be.
@@ -45,13 +45,11 @@ def _check(model: Any) -> None:
     if not model.subgraphs or not model.buffers or not model.operatorCodes:
         raise ValueError("a file without a network")
     for graph in model.subgraphs:
-        count, held = len(graph.tensors), 0
+        count = len(graph.tensors)
         for tensor in graph.tensors:
             if not 0 <= tensor.buffer < len(model.buffers):
                 raise ValueError("a tensor without its numbers")
-            held += _check_tensor(tensor, model.buffers[tensor.buffer].data)
-            if held > LARGEST:
-                raise ValueError("tensors that no device holds")
+            _check_tensor(tensor, model.buffers[tensor.buffer].data)
         for step in graph.operators or []:
             if not 0 <= step.opcodeIndex < len(model.operatorCodes):
                 raise ValueError("an operator of no kind")
@@ -84,8 +82,8 @@ def _check_steps(model: Any, graph: Any) -> None:
                 raise ValueError("an operator that gives more or fewer numbers than it takes")
 
 
-def _check_tensor(tensor: Any, data: Any) -> int:
-    """Bytes that are kept for it while the network runs; none for a constant. Raises ValueError, KeyError."""
+def _check_tensor(tensor: Any, data: Any) -> None:
+    """Raises ValueError, KeyError."""
     tensor.name.decode()
     kinds = {value: name for name, value in vars(schema().TensorType).items() if isinstance(value, int)}
     kind, shape = kinds[tensor.type], _list(tensor.shape)
@@ -94,8 +92,9 @@ def _check_tensor(tensor: Any, data: Any) -> int:
     size = -(-math.prod(shape) * BITS[kind] // 8)
     if data is not None and len(data) != size:
         raise ValueError("a tensor with more or fewer numbers than it has room for")
+    if size > LARGEST:
+        raise ValueError("a tensor that LiteRT can't hold")
     _check_meaning(tensor.quantization, kind, shape)
-    return 0 if data is not None else size
 
 
 def _check_meaning(quantization: Any, kind: str, shape: list[int]) -> None:
