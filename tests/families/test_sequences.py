@@ -16,7 +16,7 @@ def test_values_and_gradients_are_the_originals(name: str) -> None:
     values_and_gradients(name, 3)
 
 
-@pytest.mark.parametrize("name", in_turn(SEQUENCES, ("gpt2", "whisper_encoder", "mixtral")))
+@pytest.mark.parametrize("name", in_turn(SEQUENCES, ("gpt2", "mixtral")))
 def test_its_integers_arrive_on_the_runtime(name: str) -> None:
     result = on_the_runtime(name)
     assert result.share() > 0.9
@@ -27,7 +27,7 @@ def test_its_integers_arrive_on_the_runtime(name: str) -> None:
 SHARES = {"mixtral": 0.2, "qwen3_moe": 0.35, "gpt_oss": 0.2, "wav2vec2": 0.65}
 
 
-@pytest.mark.parametrize("name", in_turn(SEQUENCES, ("bert", "whisper_encoder")))
+@pytest.mark.parametrize("name", in_turn(SEQUENCES, ("bert",)))
 def test_its_integers_arrive_on_openvino(name: str) -> None:
     assert on("openvino", name).share() > SHARES.get(name, 0.8)
 

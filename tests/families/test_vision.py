@@ -16,7 +16,7 @@ def test_values_and_gradients_are_the_originals(name: str) -> None:
     values_and_gradients(name, 3)
 
 
-@pytest.mark.parametrize("name", in_turn(VISION, ("resnet", "vit", "siglip_vision")))
+@pytest.mark.parametrize("name", in_turn(VISION, ("resnet", "vit")))
 def test_its_integers_arrive_on_the_runtime(name: str) -> None:
     result = on_the_runtime(name)
     assert result.share() > 0.9
@@ -32,13 +32,12 @@ KNOWN_GAPS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", in_turn([name for name in VISION if name not in KNOWN_GAPS], ("resnet", "swin"))
-)
+@pytest.mark.parametrize("name", in_turn([name for name in VISION if name not in KNOWN_GAPS], ("resnet",)))
 def test_its_integers_arrive_on_openvino(name: str) -> None:
     assert on("openvino", name).share() > 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN_GAPS)
 def test_openvino_still_refuses_it_and_says_why(name: str) -> None:
     with pytest.raises(TargetError, match=KNOWN_GAPS[name]):

@@ -218,7 +218,9 @@ def test_the_seed_chooses_the_rotation() -> None:
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm], ids=["layer norm", "rms norm"])
-@pytest.mark.parametrize("options", [{}, W4A8, W4A4], ids=["int8", "w4a8", "w4a4"])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param(W4A8, marks=pytest.mark.slow), W4A4], ids=["int8", "w4a8", "w4a4"]
+)
 def test_the_runtime_computes_the_rotated_integers(norm: type[nn.Module], options: dict[str, Any]) -> None:
     data = sequences()
     model = plant_loud(Embedded(norm=norm))

@@ -31,9 +31,9 @@ def digits() -> nn.Module:
 @pytest.mark.parametrize(
     ("made", "other", "exact"),
     [
-        ("onnxruntime", "openvino", 0.999),
-        ("openvino", "onnxruntime", 1.0),
         ("onnxruntime", "litert", 1.0),
+        pytest.param("onnxruntime", "openvino", 0.999, marks=pytest.mark.slow),
+        pytest.param("openvino", "onnxruntime", 1.0, marks=pytest.mark.slow),
         pytest.param("litert", "onnxruntime", 1.0, marks=pytest.mark.slow),
         pytest.param("onnxruntime", "executorch", 1.0, marks=pytest.mark.slow),
         pytest.param("executorch", "onnxruntime", 1.0, marks=pytest.mark.slow),

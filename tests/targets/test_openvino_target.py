@@ -128,6 +128,7 @@ def test_the_file_computes_what_it_computes_under_taps(function: Callable[[Any, 
         assert float(((found - wanted).abs() > 1e-5).float().mean()) <= 0.002
 
 
+@pytest.mark.slow
 def test_a_rounding_that_only_taps_bring_about_is_told(tmp_path: Path) -> None:
     # a plan for ONNX Runtime rounds a convolution's result before it is added; without taps OpenVINO doesn't
     torch.manual_seed(0)
