@@ -19,6 +19,7 @@ from bitport.numerics.quantize import (
     quantize,
     quantize_bias,
     raise_weight_scale_for_bias,
+    requantized_qparams,
 )
 
 FLOATS = st.floats(-1e4, 1e4, width=32)
@@ -319,3 +320,36 @@ def test_weight_scale_without_a_bias_and_with_a_product_below_float32() -> None:
 def test_impossible_bias_is_refused(bias: float) -> None:
     with pytest.raises(WeightsError, match="keep the layer in float"):
         raise_weight_scale_for_bias(torch.tensor([bias]), torch.tensor(0.1), torch.tensor([0.1]))
+
+
+@pytest.mark.parametrize(
+    ("stored", "text", "same"),
+    [
+        ((0.1, 3, 0, 255), "int8", True),  # as many codes, moved by 128
+        ((0.1, -125, -128, 127), "int8", True),
+        ((0.1, 128, 0, 255), "int8 symmetric", True),
+        ((0.1, 3, 0, 255), "int8 symmetric", False),
+        ((0.1, 3, 0, 255), "int4", False),
+        ((0.1, 0, -32768, 32767), "int8", False),
+    ],
+)
+def test_what_was_stored_keeps_its_scale_or_its_range(
+    stored: tuple[float, int, int, int], text: str, same: bool
+) -> None:
+    fmt, (scale, zero_point, low, high) = Format.parse(text), stored
+    found, zero = requantized_qparams(*stored, fmt)
+    assert (found == torch.tensor(scale)) == same
+    if same:
+        codes = torch.arange(low, high + 1)
+        moved = codes - zero_point + zero
+        assert torch.equal((moved - zero) * found, (codes - zero_point) * found)
+        assert int(moved.min()) >= fmt.low and int(moved.max()) <= fmt.high
+    ends = (fmt.low - int(zero)) * float(found), (fmt.high - int(zero)) * float(found)
+    assert ends[0] <= (low - zero_point) * scale + float(found) and ends[1] >= (
+        high - zero_point
+    ) * scale - float(found)
+
+
+def test_what_was_stored_does_not_become_a_small_float() -> None:
+    with pytest.raises(FormatError):
+        requantized_qparams(0.1, 0, -128, 127, Format.parse("fp8"))

@@ -135,6 +135,25 @@ def qparams(minimum: Tensor, maximum: Tensor, fmt: Format) -> tuple[Tensor, Tens
     return scale, zero_points(lower, step.clamp(min=SMALLEST_SCALE), fmt)
 
 
+def requantized_qparams(
+    scale: float, zero_point: int, low: int, high: int, fmt: Format
+) -> tuple[Tensor, Tensor]:
+    """The scale and zero point that store in `fmt` what was stored as (q − zero_point) · scale, low ≤ q ≤ high.
+
+    The very same scale where `fmt` has as many codes and its zero point is as far from its lowest one, so that int8
+    holds what uint8 held; else those of the same real range, by `qparams`.
+
+    Returns: scale (float32) and zero_point (int32), 0-d.
+
+    Raises:
+        FormatError: `fmt` is a float format.
+    """
+    minimum, maximum = (torch.tensor((end - zero_point) * scale, dtype=torch.float64) for end in (low, high))
+    fitted, zero = qparams(minimum.clamp(max=0), maximum.clamp(min=0), fmt)
+    same = int(zero) - fmt.low == zero_point - low and fmt.high - fmt.low == high - low
+    return (torch.tensor(scale) if same else fitted), zero
+
+
 def zero_points(minimum: Tensor, step: Tensor, fmt: Format) -> Tensor:
     """`clamp(rne(low − minimum / step), low, high)` in float64, or the zero point that `symmetric` fixes.
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from .decide import decide
 from .lower import Lowered, lower
-from .model import NodePlan, Plan, TensorPlan
+from .model import GIVEN, NodePlan, Plan, TensorPlan
 from .options import Override, TensorOptions
 
-__all__ = ["Lowered", "NodePlan", "Override", "Plan", "TensorOptions", "TensorPlan", "decide", "lower"]
+__all__ = [
+    "GIVEN",
+    "Lowered",
+    "NodePlan",
+    "Override",
+    "Plan",
+    "TensorOptions",
+    "TensorPlan",
+    "decide",
+    "lower",
+]

@@ -17,8 +17,9 @@ import torch
 
 from ..errors import ArtifactError, FormatError, GraphError
 from ..formats import Format
-from ..graph import Edge
+from ..graph import Edge, GivenScale, Graph
 
+GIVEN = "given"  # the range whose scales come with the graph
 Source = Literal["measured", "weight", "fixed", "bias", "scaled", "dynamic"]
 LOCAL = (
     "weight",
@@ -59,10 +60,11 @@ class TensorPlan:
     table: torch.Tensor | None = None
     choose: bool = False
 
-    @property
-    def given(self) -> bool:
-        """Whether the scale is to be the one that the network came with (`Graph.given`)."""
-        return self.range == "given"
+    def given_in(self, graph: Graph) -> GivenScale | None:
+        """The scale that one of the members came with (`Graph.given`), where the range asks for it."""
+        if self.range != GIVEN:
+            return None
+        return next((graph.given[member] for member in self.members if member in graph.given), None)
 
     def parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, zero_point). Raises GraphError while they are unknown."""

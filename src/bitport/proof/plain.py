@@ -1,4 +1,4 @@
-"""The result against plain rounding: the same formats, ranges as wide as the data, nothing else.
+"""The result against plain rounding: the same formats, ranges as wide as the data or as the network came with them.
 
 A method that does worse than that is broken, whatever its name: such a result is not published. The ranges are taken
 here, apart from the steps that are judged.
@@ -19,7 +19,7 @@ from ..graph import Graph
 from ..graph.reading import constant_names
 from ..numerics.codes import fit
 from ..numerics.error import ErrorStats, finite
-from ..numerics.quantize import qparams
+from ..numerics.quantize import qparams, requantized_qparams
 from ..plan import Plan, TensorPlan
 from ..plan.constants import settle
 from ..records import absent
@@ -65,13 +65,11 @@ def plain_record(
         except BitportError as error:  # a bias, say, that only fits because a step made room for it
             absent(record, "plain_sqnr_db", f"plain rounding isn't possible here: {error}")
             return {**record, "sqnr_db": finite(found), "holds": True}
-    # scales that come with a file are the user's wish, not a method's result: told by the hint, never refused
-    asked = any(tie.given for tie in plan.measured().values()) and not math.isnan(found)
     return {
         **record,
         "sqnr_db": finite(found),
         "plain_sqnr_db": finite(plain),
-        "holds": asked or _holds(found, plain),
+        "holds": _holds(found, plain),
     }
 
 
@@ -124,7 +122,10 @@ def _plain(reference: Graph, plan: Plan, few: list[Sequence[Tensor]]) -> Plan:
             grid = fit(weight, tie.format, "minmax")
             changed[name] = replace(tie, scale=grid.scale, zero_point=grid.zero_point, table=grid.table)
         elif tie.source == "measured" and name in ends:
-            scale, zero_point = qparams(*ends[name], tie.format)
+            given = tie.given_in(reference)
+            scale, zero_point = (
+                qparams(*ends[name], tie.format) if given is None else requantized_qparams(*given, tie.format)
+            )
             changed[name] = replace(tie, scale=scale, zero_point=zero_point)
     return settle(plan.with_ties(changed))
 

@@ -8,20 +8,20 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..errors import DataError
-from ..formats import Format
-from ..graph import GivenScale, Graph
+from ..graph import Graph
 from ..graph.reading import constant_names
-from ..numerics.quantize import qparams, raise_weight_scale_for_bias
+from ..numerics.quantize import qparams, raise_weight_scale_for_bias, requantized_qparams
 from ..numerics.ranges import Histogram, choose_symmetry, estimate
 from ..numerics.scales import stored
-from ..plan import Plan, TensorPlan
+from ..plan import GIVEN, Plan, TensorPlan
 from ..plan.constants import settle
 from ._base import Context
 from .quantize import fit_weights
 
+KEPT = "the scale that the network came with"
 RAISED = "larger scales of weights"
 MANY_BAD = 0.01  # beyond this share of non-finite values the data, not a stray sample, is at fault
 
@@ -54,41 +54,28 @@ def measure_ranges(graph: Graph, plan: Plan, context: Context, batches: int | No
         if tie.choose:
             fmt = choose_symmetry(histogram, fmt, tie.range)
             chosen[fmt.symmetric] += 1
-        given = _given(graph, tie)
+        given = tie.given_in(graph)
         if given is None:
             minimum, maximum = estimate(histogram, fmt, tie.range)
             scale, zero_point = qparams(
                 torch.tensor(minimum, dtype=torch.float64), torch.tensor(maximum, dtype=torch.float64), fmt
             )
         else:
-            scale, zero_point = as_given(given, fmt)
-        known = str(tie.range if isinstance(tie.range, str) else dict(tie.range))
-        estimators["minmax, having no scale of their own" if tie.given and given is None else known] += 1
+            scale, zero_point = requantized_qparams(*given, fmt)
+        by = str(tie.range if isinstance(tie.range, str) else dict(tie.range))
+        if tie.range == GIVEN:
+            by = "minmax, having no scale of their own" if given is None else KEPT
+        estimators[by] += 1
         changed[name] = replace(tie, format=fmt, scale=scale, zero_point=zero_point, choose=False)
     for name, number in sorted(estimators.items()):
-        reason = f"{number} tensors by {name}, on {context.calibration.role} data"
+        reason = f"{number} tensors by {name}" + (
+            f", on {context.calibration.role} data" if name != KEPT else ""
+        )
         context.tried.append({"what": "ranges of activations", "outcome": "measured", "reason": reason})
     if chosen:
         reason = f"{chosen[True]} tensors symmetric, {chosen[False]} asymmetric, each by its expected error"
         context.tried.append({"what": "symmetric ranges", "outcome": "measured", "reason": reason})
     return settle(room_for_biases(graph, settle(plan.with_ties(changed)), context))
-
-
-def _given(graph: Graph, tie: TensorPlan) -> GivenScale | None:
-    """The scale that the file of a network had for one of the tensors of a tie, where the recipe asks for it."""
-    return next((graph.given[member] for member in tie.members if tie.given and member in graph.given), None)
-
-
-def as_given(given: GivenScale, fmt: Format) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the same range; the very same scale where the format has as many codes."""
-    low, high = (
-        torch.tensor((end - given.zero_point) * given.scale, dtype=torch.float64)
-        for end in (given.low, given.high)
-    )
-    scale, zero_point = qparams(low.clamp(max=0), high.clamp(min=0), fmt)
-    moved = int(zero_point) - given.zero_point == fmt.low - given.low
-    same = moved and fmt.high - fmt.low == given.high - given.low
-    return torch.tensor(given.scale) if same else scale, zero_point
 
 
 def observe(graph: Graph, plan: Plan, context: Context, batches: int | None = None) -> dict[str, Histogram]:

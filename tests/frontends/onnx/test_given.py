@@ -29,6 +29,7 @@ from bitport.frontends.onnx import load_proto
 from bitport.graph import GivenScale, Graph
 from bitport.graph.archive import load_pt2, save_pt2
 from bitport.graph.simplify import fold_batch_norms
+from bitport.proof.plain import plain_record
 from bitport.steps._base import make
 
 GIVEN = {"weights": {"granularity": "channel", "range": "given"}, "activations": {"range": "given"}}
@@ -100,6 +101,21 @@ def test_the_recipe_asks_for_them(tmp_path: Path) -> None:
     relu = artifact.plan.measured()["relu"]
     assert float(relu.parameters()[0]) == graph.given["relu"].scale
     assert artifact.original.given == graph.given
+
+
+def test_plain_rounding_is_on_the_same_scales(tmp_path: Path) -> None:
+    """Methods are held against it, not scales that were asked for: these clip nearly all of a tensor."""
+    graph = bitport.load(quantized(tmp_path, quant_format=FORMATS[0]))
+    graph.given["relu#2"] = graph.given["relu#2"]._replace(scale=graph.given["relu#2"].scale / 100)
+    prepared, x = prepare(graph, [images(16)], **GIVEN), images(16)
+    without = prepared.reference.clone()
+    without.given = {}
+    found, other = (
+        plain_record(reference, prepared.work, prepared.plan, prepared.target.arithmetic(), [(x,)])
+        for reference in (prepared.reference, without)
+    )
+    assert found["holds"] and found["sqnr_db"] == pytest.approx(found["plain_sqnr_db"], abs=0.5)
+    assert not other["holds"] and other["sqnr_db"] == found["sqnr_db"]
 
 
 def test_without_scales_of_its_own_a_network_is_measured() -> None:

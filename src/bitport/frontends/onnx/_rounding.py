@@ -78,7 +78,7 @@ def _scale(quantize: Node, constants: Mapping[str, Array]) -> GivenScale | None:
     """What a rounding rounds to; None: each channel has a scale of its own, or what is stored are floats."""
     scale = constants.get(quantize.inputs[1])
     zero = constants.get(quantize.inputs[2]) if len(quantize.inputs) > 2 else np.zeros((), np.uint8)
-    if scale is None or zero is None or scale.size != 1 or zero.dtype.kind not in "iu":
+    if scale is None or zero is None or scale.size != 1 or zero.size != 1 or zero.dtype.kind not in "iu":
         return None
     if len(quantize.inputs) < 3 and quantize.attrs.get("output_dtype"):
         return None
