@@ -33,8 +33,8 @@ FLOAT16_FROM = {"DEQUANTIZE": 3}
 FIRST = {"BROADCAST_TO": 2}  # the runtime has no earlier one
 LAST_PLACEHOLDER = 127  # operators with higher codes have them in a field of their own
 BITS = {
-    "BOOL": 8, "INT4": 4, "INT8": 8, "UINT8": 8, "INT16": 16, "FLOAT16": 16, "BFLOAT16": 16, "INT32": 32,
-    "FLOAT32": 32, "INT64": 64, "FLOAT64": 64,
+    "BOOL": 8, "INT2": 2, "INT4": 4, "INT8": 8, "UINT8": 8, "INT16": 16, "UINT16": 16, "FLOAT16": 16, "BFLOAT16": 16,
+    "INT32": 32, "UINT32": 32, "FLOAT32": 32, "INT64": 64, "UINT64": 64, "FLOAT64": 64,
 }  # fmt: skip
 
 

@@ -64,11 +64,11 @@ class LiteRt(Target):
     def open(self, folder: Path, *, taps: bool = False, optimize: bool = True) -> Session:
         content = (folder / self.model_file).read_bytes()
         model = read_model(content, self.model_file)
+        self._try(folder / self.model_file, hashlib.sha256(content).hexdigest())
         names: list[str] = []
         if taps:
             content, names = with_outputs(model, QUANTIZED)
         kernels = self.options["kernels"] if optimize else "reference"
-        self._try(folder)
         try:
             interpreter = opened(content, self.options["threads"], kernels)
             return _Session(interpreter, names, channels_last(model) if taps else frozenset())
@@ -77,13 +77,12 @@ class LiteRt(Target):
         except (RuntimeError, ValueError) as error:
             raise TargetError(f"LiteRT can't load {self.model_file}: {first_line(error)}") from error
 
-    def _try(self, folder: Path) -> None:
+    def _try(self, path: Path, digest: str) -> None:
         """A file that this process didn't write is run once in another. Raises TargetError where that one dies."""
-        digest = hashlib.sha256((folder / self.model_file).read_bytes()).hexdigest()
         if digest in _trusted:
             return
         with tempfile.TemporaryDirectory() as scratch:
-            options = {"path": str((folder / self.model_file).absolute()), "kernels": self.options["kernels"]}
+            options = {"path": str(path.absolute()), "kernels": self.options["kernels"]}
             try:
                 apart(PROBE, options, Path(scratch), timeout=PROBE_SECONDS)
             except LoadError as error:

@@ -15,12 +15,10 @@ from .convert import Call, Dequantized, Row, shape_of
 
 aten = torch.ops.aten
 EXACT = 2.0**31
-WITHOUT_TABLE = ("LOG",)
+WITHOUT_TABLE = ("LOG", "SIN")
 ERF = (0.3275911, 0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)  # p, a₁ … a₅
-SMALL, ODD = (
-    0.5,
-    (1, 3, 5, 7, 9, 11, 13),
-)  # terms of artanh's series: the next is below 1e-8 of it where |x| < 0.5
+SMALL = 0.5  # a logarithm's argument, from 1
+ODD = (1, 3, 5, 7, 9, 11, 13)  # terms of artanh's series: the next is below 1e-8 of it there
 NARROW = (torch.int8, torch.uint8, torch.int16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -185,11 +183,9 @@ def isnan(call: Call) -> Value:
 
 def tan(call: Call) -> Value:
     x = call.read("self")
-    sine, cosine = (
-        call.step(kind, [x], x.shape, last=x.last, **({"table": "Cos"} if kind == "COS" else {}))
-        for kind in ("SIN", "COS")
-    )
-    return call.give("DIV", [sine, cosine], last=x.last, options={"table": "Div"})
+    step = _Chain(call, x)
+    reads = [step("SIN", x), step("COS", x)]
+    return call.give("DIV", reads, last=x.last, options={"table": "Div"})
 
 
 def leaky_relu(call: Call) -> Value:

@@ -14,7 +14,14 @@ LARGEST = 2**31  # bytes of one activation: LiteRT counts them in 32 bits
 MOST_AXES = 8
 KEEPING = ("QUANTIZE", "DEQUANTIZE", "TRANSPOSE", "RESHAPE")
 # What zero points of a type can be.
-INTEGERS = {"INT4": (-8, 7), "INT8": (-128, 127), "UINT8": (0, 255), "INT16": (0, 0), "INT32": (0, 0)}
+INTEGERS = {
+    "INT2": (-2, 1),
+    "INT4": (-8, 7),
+    "INT8": (-128, 127),
+    "UINT8": (0, 255),
+    "INT16": (0, 0),
+    "INT32": (0, 0),
+}
 
 
 def read_model(content: bytes, name: str) -> Any:
