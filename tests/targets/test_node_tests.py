@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.frontends.onnx.test_nodes import Case, cases, passes
+from tests.frontends.onnx.test_nodes import Case, cases, opened, passes
 
 from bitport.artifact import make_target
 from bitport.errors import BitportError
-from bitport.frontends.onnx import _deciding, _reading, load_model, operators
-from bitport.frontends.onnx._calls import tensor
+from bitport.frontends.onnx import load_model, operators
 from bitport.plan import Plan
 from bitport.targets._base import Target
 
@@ -38,11 +37,7 @@ def chosen(target: str) -> list[Case]:
 
 def arrives(case: Case, target: Target, folder: Path) -> bool | None:
     """Whether the numbers are right; None: refused, with a reason."""
-    given, _ = case.data[0]
-    read = _reading.from_proto(case.proto)
-    values = {port.name: tensor(np.array(x)) for port, x in zip(read.inputs, given, strict=False)}
-    fixed = _deciding(read)
-    free = [values[port.name] for port in read.inputs if port.name not in fixed]
+    read, values, _, free = opened(case, case.data[0][0])
     with torch.no_grad():
         graph = load_model(read, values, None)
         wanted = graph.run(*free)

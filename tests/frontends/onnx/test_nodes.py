@@ -66,14 +66,21 @@ def _array(value: Any) -> Any:
     return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
 
 
+def opened(
+    case: Case, given: list[Any]
+) -> tuple[_reading.Model, dict[str, torch.Tensor], list[str], list[torch.Tensor]]:
+    """(model, inputs by name, which of them are fixed, the others in order)."""
+    read = _reading.from_proto(case.proto)
+    values = {port.name: tensor(np.array(x)) for port, x in zip(read.inputs, given, strict=False)}
+    fixed = _deciding(read)
+    return read, values, fixed, [values[port.name] for port in read.inputs if port.name not in fixed]
+
+
 def passes(case: Case, *, whole: bool) -> bool:
     """Whether a test's outputs come out. whole: through the graph, captured; else from the module that is captured."""
     try:
         for given, wanted in case.data:
-            read = _reading.from_proto(case.proto)
-            values = {port.name: tensor(np.array(x)) for port, x in zip(read.inputs, given, strict=False)}
-            fixed = _deciding(read)
-            free = [values[port.name] for port in read.inputs if port.name not in fixed]
+            read, values, fixed, free = opened(case, given)
             with torch.no_grad():
                 if whole:
                     found = list(load_model(read, values, None).run(*free))
