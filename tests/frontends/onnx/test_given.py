@@ -80,7 +80,10 @@ def close(graph: Graph, path: Path, x: Tensor) -> bool:
 @pytest.mark.parametrize("activations", [QuantType.QUInt8, QuantType.QInt8], ids=lambda kind: kind.name)
 def test_its_integers_arrive_elsewhere(form: Any, activations: Any, tmp_path: Path) -> None:
     per_channel = activations == QuantType.QUInt8
-    path = quantized(tmp_path, quant_format=form, activation_type=activations, per_channel=per_channel)
+    path = quantized(
+        tmp_path, quant_format=form, activation_type=activations, per_channel=per_channel,
+        reduce_range=per_channel,  # its own products of u8 and s8 saturate where the processor has no VNNI
+    )  # fmt: skip
     graph = bitport.load(path)
     assert {graph.inputs[0].name, "relu", "b", "c", "relu#2", "d"} <= set(graph.given)
     prepared = prepare(graph, [images(16)], "litert", **GIVEN)
@@ -184,13 +187,14 @@ def test_dynamically_quantized_files_give_their_floats(kind: str, tmp_path: Path
     else:
         net, x = Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv(8, 4)), images(8)
     source = exported(net, x, tmp_path / "f.onnx", dynamo=False)
-    quantize_dynamic(source, tmp_path / "q.onnx", weight_type=QuantType.QInt8, per_channel=kind == "linear")
-    kinds = {node.op_type for node in onnx.load(tmp_path / "q.onnx").graph.node}
+    path, per_channel = tmp_path / "q.onnx", kind == "linear"
+    quantize_dynamic(source, path, weight_type=QuantType.QInt8, per_channel=per_channel, reduce_range=True)
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert kinds & {"MatMulInteger", "ConvInteger"}
-    graph = bitport.load(tmp_path / "q.onnx")
+    graph = bitport.load(path)
     assert [graph.op(node).kind for node in graph.nodes()].count(kind) == 2
     assert any("taken while running" in note for note in graph.notes)
-    assert close(graph, tmp_path / "q.onnx", x)
+    assert close(graph, path, x)
 
 
 def operator_of_integers(change: Callable[[Any], Any] = lambda parts: parts) -> Any:

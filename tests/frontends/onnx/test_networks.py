@@ -190,3 +190,11 @@ def test_an_old_opset_is_converted_and_that_is_told() -> None:
     graph = load_proto(model(nodes, shape=(2, 6), opset=6), x)
     assert torch.allclose(graph.run(x)[0], torch.softmax(torch.relu(x), 1))
     assert any("converted from opset 6" in note for note in graph.notes)
+
+
+def test_scopes_may_be_called_like_words_of_python() -> None:
+    nodes = [helper.make_node("Conv", ["x", "lambda.weight"], ["c"], name="/net/while/Conv"),
+             helper.make_node("Relu", ["c"], ["y"], name="/net/while/class/Relu")]  # fmt: skip
+    graph = load_proto(model(nodes, {"lambda.weight": np.ones((4, 3, 1, 1), np.float32)}))
+    assert [name for name, _ in graph.gm.named_parameters()] == ["lambda_.weight"]
+    assert graph.run(torch.ones(2, 3, 8, 8))[0].unique().tolist() == [3.0]

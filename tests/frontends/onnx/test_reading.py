@@ -244,24 +244,6 @@ def test_what_no_honest_file_holds(nodes: Any, constants: dict[str, Any], said: 
         load_proto(model(made, constants))
 
 
-@pytest.mark.parametrize("condition", [True, False])
-def test_a_branch_that_a_constant_decides_is_taken(condition: bool) -> None:
-    ends = [helper.make_tensor_value_info("z", 1, None)]
-    branches = {
-        f"{name}_branch": helper.make_graph([helper.make_node(kind, ["x"], ["z"])], "branch", [], ends)
-        for name, kind in (("then", "Relu"), ("else", "Neg"))
-    }
-    proto = model(
-        [helper.make_node("If", ["c"], ["y"], name="choice", **branches)], {"c": np.array(condition)}
-    )
-    x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(load_proto(proto, x).run(x)[0], torch.relu(x) if condition else -x)
-    del proto.graph.initializer[:]
-    proto.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
-    with pytest.raises(LoadError, match=r"node 'choice' is If \(opset 21\).*export the network with"):
-        load_proto(proto, {"x": x, "c": torch.tensor(True)})
-
-
 def test_external_data_that_overlaps_is_refused(tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes() * 2)
     path = external(tmp_path / "net.onnx", "w.bin", offset=0)

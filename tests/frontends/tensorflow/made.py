@@ -19,6 +19,10 @@ def write(folder: str) -> None:
     made["lstm"] = Model(
         frames, layers.Dense(3)(layers.LSTM(8)(layers.LSTM(8, return_sequences=True)(frames)))
     )
+    gates = layers.GRU(8, return_sequences=True)(
+        layers.GRU(8, reset_after=False, return_sequences=True)(frames)
+    )
+    made["gru"] = Model(frames, layers.Dense(3)(layers.Bidirectional(layers.GRU(5))(gates)))
     for name, model in made.items():
         randomized(model)
         place = Path(folder) / name
@@ -26,7 +30,7 @@ def write(folder: str) -> None:
         model.export(place, verbose=False)
         y = tf.saved_model.load(place).signatures["serving_default"](tf.constant(x))
         np.savez(place.with_suffix(".npz"), x=x, y=next(iter(y.values())).numpy())
-        if name == "lstm":
+        if name in ("lstm", "gru"):
             continue
         converter = tf.lite.TFLiteConverter.from_saved_model(str(place))
         _tflite(tf, place.with_name(f"{name}_float.tflite"), converter.convert(), x)

@@ -44,7 +44,7 @@ def difference(graph: Any, place: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cnn", "depthwise", "transformer", "lstm"])
+@pytest.mark.parametrize("name", ["cnn", "depthwise", "transformer", "lstm", "gru"])
 def test_a_saved_model_computes_the_same(folder: Path, name: str) -> None:
     graph = bitport.load(folder / name)
     assert difference(graph, folder / name) <= 1e-4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ DECIDING: dict[str, tuple[int, ...]] = {
     "Range": (0, 1, 2), "OneHot": (1,), "CumSum": (1,), "CumProd": (1,), "Trilu": (1,), "Compress": (1,),
     "CenterCropPad": (1,), "Col2Im": (1, 2), "AffineGrid": (1,), "Dropout": (1, 2), "HannWindow": (0,),
     "HammingWindow": (0,), "BlackmanWindow": (0,), "LSTM": (4,), "GRU": (4,), "RNN": (4,),
+    "If": (0,), "Loop": (0, 1),
 }  # fmt: skip
 
 
@@ -111,16 +112,24 @@ def _given(graph: Graph, model: Model) -> dict[str, GivenScale]:
 def _deciding(model: Model) -> list[str]:
     """Inputs of the network that shapes, axes and the like are computed from: numbers, or lists of them."""
     ports = {port.name: port for port in model.inputs}
-    made_of: dict[str, set[str]] = {name: {name} for name in ports}  # a value's inputs
+    found = _decided(model, [{name} for name in ports])
+    return [name for name, port in ports.items() if name in found and len(port.shape or ()) <= 1]
+
+
+def _decided(model: Model, given: Sequence[set[str]]) -> set[str]:
+    """Those inputs of the network that decide something. given: for each input of the graph, what it is made of."""
+    made_of = {port.name: names for port, names in zip(model.inputs, given, strict=False)}
     found: set[str] = set()
     for node in model.nodes:
         slots = (1,) if node.kind.startswith("Reduce") else DECIDING.get(node.kind, ())
-        for slot in slots:
-            found |= made_of.get(node.inputs[slot], set()) if slot < len(node.inputs) else set()
+        read = [made_of.get(name, set()) for name in node.inputs]
+        found |= set().union(*(read[slot] for slot in slots if slot < len(read)))
+        for body in node.bodies.values():
+            own = len(body.inputs) - body.captured
+            found |= _decided(body, [*read[:own], *read[len(read) - body.captured :]])
         sizes = node.kind in ("Shape", "Size")  # which are known without data
-        read = set() if sizes else set().union(*(made_of.get(name, set()) for name in node.inputs))
-        made_of.update(dict.fromkeys(node.outputs, read))
-    return [name for name, port in ports.items() if name in found and len(port.shape or ()) <= 1]
+        made_of.update(dict.fromkeys(node.outputs, set() if sizes else set().union(*read)))
+    return found
 
 
 def _known(name: str, examples: Mapping[str, Tensor | None]) -> Array:

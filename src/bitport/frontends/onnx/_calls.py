@@ -33,13 +33,15 @@ class Operator:
 
     run: `(call, *values)` → a value, or a tuple of as many as it has outputs. params: input slot → the parameter's name
     in the layer. known: `(call, *arrays)` → an array, where no input is a tensor. layer: `(call, constants by slot)` →
-    a module that is called with all values instead of `run`, those constants left out (None); or None.
+    a module that is called with all values instead of `run`, those constants left out (None); or None. controls: it
+    runs graphs of its own: `run` is `(call, bodies by name, rounds that are left, *values)`.
     """
 
     run: Implementation
     params: Mapping[int, str] = field(default_factory=dict)
     known: Implementation | None = None
     layer: Callable[[Call, Mapping[int, Array]], nn.Module | None] | None = None
+    controls: bool = False
 
 
 OPERATORS: dict[str, Operator] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,14 +17,36 @@ from torch.fx.traceback import annotate
 
 from ...errors import BitportError, LoadError, first_line
 from ...graph.program import MARK
-from . import attention, elementwise, indexing, layers, quantized, recurrent, reducing, sampling, shaping
+from . import (
+    attention,
+    control,
+    elementwise,
+    indexing,
+    layers,
+    quantized,
+    recurrent,
+    reducing,
+    sampling,
+    shaping,
+)
 from ._calls import OPERATORS, Array, Call, Operator, Unsupported, Value, is_known, tensor
 from ._reading import DOMAINS, Model, Node
 
 # what Python and torch raise where a node's values don't fit its operator, as in a damaged file
 UNFIT = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 # imported so that their operators are in the table
-TABLES = (attention, elementwise, indexing, layers, quantized, recurrent, reducing, sampling, shaping)
+TABLES = (
+    attention,
+    control,
+    elementwise,
+    indexing,
+    layers,
+    quantized,
+    recurrent,
+    reducing,
+    sampling,
+    shaping,
+)
 # operators whose constants may have been learnt: they become parameters where there are several numbers
 LEARNT = {
     "Add",
@@ -41,13 +64,6 @@ LEARNT = {
 }
 
 
-CONTROL = ("If", "Loop", "Scan")
-CHOICES = (
-    "only an If whose condition is a constant can: export the network with torch.onnx.export(..., dynamo=True), which "
-    "writes loops and branches as what they come to"
-)
-
-
 class Scope(nn.Module):
     """A part of the names of what is in it. Operators without weights run in it, so that they are called by it."""
 
@@ -63,14 +79,19 @@ class Step:
         self.constants: dict[int, Array | Tensor] = {}
 
     def __call__(self, *values: Value) -> Any:
-        given = list(values)
-        for slot, value in self.constants.items():
-            given[slot] = value
+        given = self.filled(values)
         if self.operator.known is not None and all(is_known(value) for value in given):
             return self.operator.known(self.call, *given)
         while given and given[-1] is None:
             given.pop()
         return self.operator.run(self.call, *given)
+
+    def filled(self, values: Sequence[Value]) -> list[Value]:
+        """All values that the operator takes."""
+        given = list(values)
+        for slot, value in self.constants.items():
+            given[slot] = value
+        return given
 
 
 class Layer(nn.Module):
@@ -91,12 +112,19 @@ class Layer(nn.Module):
 class Network(Scope):
     """All nodes in order. Called with the network's inputs by name, gives its output, or a dict of several."""
 
-    def __init__(self, model: Model, fixed: Mapping[str, Array]) -> None:
+    def __init__(
+        self, model: Model, fixed: Mapping[str, Array], budget: control.Budget | None = None
+    ) -> None:
+        """budget: of the network whose node has this one as its own graph."""
         super().__init__()
+        self.budget = control.Budget() if budget is None else budget
         # (path of the layer or scope, node, what runs in a scope, names of what it gives)
         self.steps: list[tuple[str, Node, Step | None, list[str]]] = []
         self.given = {port.name: identifier(port.name) for port in model.inputs if port.name not in fixed}
+        self.read = [port.name for port in model.inputs]
+        self.captured = model.captured
         self.wanted = {name: identifier(name) for name in model.outputs}
+        self.outputs = model.outputs
         self.fixed = dict(fixed)
         self.marked = set(model.given)
         constants = model.constants
@@ -127,6 +155,8 @@ class Network(Scope):
             known[layers.BIAS] = next(constants[name] for name in bias.inputs if name in constants)
             outputs = bias.outputs
         layer = None if step.operator.layer is None else step.operator.layer(step.call, known)
+        if step.operator.controls:
+            layer = self._controlled(node, step, known)
         layer = _layer(node, step, known, shared) if layer is None else layer
         if layer is None:
             self.steps.append((self._scope(_scope(node)), node, step, outputs))
@@ -135,11 +165,23 @@ class Network(Scope):
         path = self._place(_path(node, owned), layer, re.sub(r"\W", "_", node.name))
         self.steps.append((path, node, None, outputs))
 
+    def _controlled(self, node: Node, step: Step, known: Mapping[int, Array]) -> nn.Module:
+        """The layer of a node with graphs of its own, which take what is known of the graph around them."""
+        bodies: dict[str, nn.Module] = {}
+        for name, body in control.reachable(step.call, node.bodies, known).items():
+            around, own = len(node.inputs) - body.captured, len(body.inputs) - body.captured
+            for at, port in enumerate(body.inputs[own:], around):
+                if at in known:
+                    body.constants[port.name] = known[at]
+            step.constants = {slot: value for slot, value in known.items() if slot < around}
+            bodies[name] = Network(body, {}, self.budget)
+        return control.Controlled(step, bodies, self.budget)
+
     def _scope(self, path: Sequence[str]) -> str:
         """The innermost scope of a path; there from now on."""
         at: nn.Module = self
         names: list[str] = []
-        for part in path:
+        for part in map(_attribute, path):
             if part not in at._modules:
                 if hasattr(at, part):
                     break
@@ -154,7 +196,7 @@ class Network(Scope):
     def _place(self, path: Sequence[str], layer: nn.Module, inside: str) -> str:
         """Put a layer under a path, under its own name in the scope that is there, or near a layer that is there."""
         scope = self._scope(path[:-1])
-        at, last = self.get_submodule(scope), path[-1]
+        at, last = self.get_submodule(scope), _attribute(path[-1])
         if isinstance(at._modules.get(last), Scope):
             scope, at, last = self._scope(path), at.get_submodule(last), inside
         name, number = last, 1
@@ -164,8 +206,18 @@ class Network(Scope):
         return f"{scope}.{name}" if scope else name
 
     def compute(self, inputs: Mapping[str, Tensor]) -> Any:
-        values: dict[str, Value] = {**self.fixed, **self.passed}
-        values |= {name: inputs[key] for name, key in self.given.items()}
+        self.budget.renew()
+        values = self._values({name: inputs[key] for name, key in self.given.items()})
+        given = {key: tensor(values[name]) for name, key in self.wanted.items()}
+        return given if len(given) > 1 else next(iter(given.values()))
+
+    def run(self, given: Sequence[Value]) -> list[Value]:
+        """The same of values, in the order of its inputs; its outputs as they are."""
+        values = self._values(dict(zip(self.read, given, strict=True)))
+        return [values[name] for name in self.outputs]
+
+    def _values(self, given: Mapping[str, Value]) -> dict[str, Value]:
+        values: dict[str, Value] = {**given, **self.fixed, **self.passed}
         for path, node, step, outputs in self.steps:
             read = [values.get(name) for name in node.inputs]
             marked = annotate({MARK: outputs[0]}) if outputs[0] in self.marked else nullcontext()
@@ -176,8 +228,7 @@ class Network(Scope):
                     found = self.get_submodule(path)(step, *read) if path else step(*read)
             every = found if isinstance(found, tuple | list) else (found,)
             values.update({name: value for name, value in zip(outputs, every, strict=False) if name})
-        given = {key: tensor(values[name]) for name, key in self.wanted.items()}
-        return given if len(given) > 1 else next(iter(given.values()))
+        return values
 
 
 @contextmanager
@@ -209,7 +260,12 @@ def identifier(name: str) -> str:
     """A name that Python takes."""
     found = re.sub(r"\W", "_", name) or "_"
     found = f"_{found}" if found[0].isdigit() else found
-    return f"{found}_" if found in ("self", "import", "in", "is", "class", "def", "lambda", "None") else found
+    return f"{found}_" if found == "self" or keyword.iskeyword(found) else found
+
+
+def _attribute(name: str) -> str:
+    """A part of a path that can stand in the code that torch writes: TensorFlow calls scopes `while`."""
+    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 def _row(node: Node, opset: int) -> Operator:
@@ -219,7 +275,7 @@ def _row(node: Node, opset: int) -> Operator:
         where = f" of {node.domain}" if node.domain not in DOMAINS else ""
         raise Unsupported(
             f"node {node.name!r} is {node.kind}{where} (opset {opset}), which can't be imported; "
-            + (CHOICES if node.kind in CONTROL else f"{len(OPERATORS)} operators can")
+            f"{len(OPERATORS)} operators can"
         )
     return found
 

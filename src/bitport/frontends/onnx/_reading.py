@@ -18,7 +18,7 @@ import numpy as np
 
 from ...errors import LoadError, NotEnoughMemory, first_line
 from ...graph import GivenScale
-from . import _branches, _external, _functions
+from . import _external, _functions
 from ._calls import Array
 
 OLDEST, NEWEST = 7, 28  # opsets that are read as they are; older ones are converted
@@ -48,6 +48,7 @@ class Node:
     outputs: list[str]
     attrs: Mapping[str, Any]
     scope: str | None = None  # the path of the module that it was exported from
+    bodies: Mapping[str, Model] = field(default_factory=dict)  # its own graphs; all read inputs alone
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Model:
     opset: int
     notes: list[str] = field(default_factory=list)
     given: dict[str, GivenScale] = field(default_factory=dict)  # of tensors whose roundings were taken out
+    captured: int = 0  # so many of its inputs, the last ones, are values of the graph around it
 
 
 def read(path: Path) -> Model:
@@ -113,15 +115,10 @@ def from_proto(proto: Any, name: str = "the model", folder: Path | None = None) 
         raise LoadError(f"{name}: two of its weights have one name")
     if proto.functions:
         graph = _functions.inlined(proto, name).graph
-    graph = _branches.taken(graph, constants)
-    constants |= {
-        tensor.name: _array(tensor, folder) for tensor in graph.initializer if tensor.name not in constants
-    }
     inputs = [_port(item, name) for item in graph.input if item.name not in constants]
     if len({port.name for port in inputs}) < len(inputs):
         raise LoadError(f"{name}: two inputs have one name")
-    nodes = [_node(item, index, folder) for index, item in enumerate(graph.node)]
-    _name_apart(nodes)
+    nodes = _nodes(graph, opset, folder)
     model = Model(inputs, [item.name for item in graph.output], nodes, constants, opset, notes)
     _check_order(model, name)
     return model
@@ -201,11 +198,48 @@ def _port(item: Any, name: str) -> Port:
     return Port(item.name, shape, found.elem_type)
 
 
-def _node(item: Any, index: int, folder: Path | None) -> Node:
+def _nodes(graph: Any, opset: int, folder: Path | None) -> list[Node]:
+    nodes = [_node(item, index, opset, folder) for index, item in enumerate(graph.node)]
+    _name_apart(nodes)
+    return nodes
+
+
+def _body(graph: Any, opset: int, folder: Path | None) -> Model:
+    """A node's own graph, whose inputs are its own and, behind those, what it reads of the graph around it."""
+    own = [item.name for item in graph.input]
+    constants = {tensor.name: _array(tensor, folder) for tensor in graph.initializer}
+    nodes, outputs = _nodes(graph, opset, folder), [item.name for item in graph.output]
+    known, read = {"", *constants, *own}, []
+    for node in nodes:
+        read += [name for name in node.inputs if name not in known]
+        known.update(node.outputs)
+    captured = list(dict.fromkeys([*read, *(name for name in outputs if name not in known)]))
+    ports = [Port(name, None, 0) for name in (*own, *captured)]
+    model = Model(ports, outputs, nodes, constants, opset, captured=len(captured))
+    _check_order(model, f"graph {graph.name!r}")
+    return model
+
+
+def _closed(inputs: list[str], bodies: Mapping[str, Model]) -> list[str]:
+    """A node's inputs with all that its graphs capture, which all of them get."""
+    own = {name: body.inputs[: len(body.inputs) - body.captured] for name, body in bodies.items()}
+    every = [port for name, body in bodies.items() for port in body.inputs[len(own[name]) :]]
+    captured = list({port.name: port for port in every}.values())
+    for name, body in bodies.items():
+        body.inputs, body.captured = [*own[name], *captured], len(captured)
+    missing = max((len(ports) for ports in own.values()), default=0) - len(inputs)
+    return [*inputs, *[""] * missing, *(port.name for port in captured)]
+
+
+def _node(item: Any, index: int, opset: int, folder: Path | None) -> Node:
     from onnx import AttributeProto, helper
 
     attrs: dict[str, Any] = {}
+    bodies: dict[str, Model] = {}
     for attribute in item.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            bodies[attribute.name] = _body(attribute.g, opset, folder)
+            continue
         if attribute.type == AttributeProto.TENSOR:
             attrs[attribute.name] = _array(attribute.t, folder)
             continue
@@ -222,10 +256,11 @@ def _node(item: Any, index: int, folder: Path | None) -> Node:
         item.op_type,
         item.domain,
         item.name or f"{item.op_type}_{index}",
-        list(item.input),
+        _closed(list(item.input), bodies),
         outputs,
         attrs,
         _scope(item),
+        bodies,
     )
 
 

@@ -47,6 +47,7 @@ KNOWN: dict[str, Callable[..., Any]] = {
     "Add": python.add, "Sub": python.sub, "Mul": python.mul, "Neg": python.neg, "Abs": np.abs, "Equal": python.eq,
     "Greater": python.gt, "GreaterOrEqual": python.ge, "Less": python.lt, "LessOrEqual": python.le, "Floor": np.floor,
     "Ceil": np.ceil, "Sqrt": np.sqrt, "Not": np.logical_not, "And": np.logical_and, "Or": np.logical_or,
+    "Relu": lambda x: np.maximum(x, 0),
 }  # fmt: skip
 
 
@@ -322,7 +323,12 @@ def convert(call: Call, x: Tensor, kind: Any) -> Value:
     return call.refuse(f"there are no tensors of data type {kind} here")
 
 
-@operator("CastLike")
+def _like_known(call: Call, x: Array, like: Array) -> Any:
+    plain = x.dtype != object and like.dtype in map(np.dtype, NUMPY.values())
+    return x.astype(like.dtype) if plain else cast_like(call, x, like)
+
+
+@operator("CastLike", known=_like_known)
 def cast_like(call: Call, x: Value, like: Value) -> Value:
     """What lies in bytes for want of a type of its own can't be told from bytes."""
     x, wanted = tensor(x), tensor(like).dtype

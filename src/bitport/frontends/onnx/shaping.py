@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -112,14 +113,26 @@ def concat(call: Call, *values: Value) -> Value:
     return torch.cat([tensor(value) for value in values], call.attr("axis", 1))
 
 
-@operator("Split")
-def split(call: Call, x: Value, sizes: Value = None) -> tuple[Tensor, ...]:
-    x, axis = tensor(x), call.attr("axis", 0)
+def _parts(call: Call, length: int, sizes: Value) -> int | list[Any]:
+    """The lengths of what a Split gives, or the one that all have but the last."""
     found = sizes if sizes is not None else call.attr("split")
     if found is not None:
-        return torch.split(x, call.ints(found, "parts"), axis)
-    count = call.attr("num_outputs", call.outputs)
-    return torch.split(x, -(-x.shape[axis] // count), axis)
+        return call.ints(found, "parts")
+    return int(-(-length // call.attr("num_outputs", call.outputs)))
+
+
+def _split_known(call: Call, x: Array, sizes: Value = None) -> tuple[Array, ...]:
+    axis = call.attr("axis", 0)
+    length = x.shape[axis]
+    parts = _parts(call, length, sizes)
+    ends = range(parts, length, parts) if isinstance(parts, int) else list(itertools.accumulate(parts))[:-1]
+    return tuple(np.split(x, ends, axis))
+
+
+@operator("Split", known=_split_known)
+def split(call: Call, x: Value, sizes: Value = None) -> tuple[Tensor, ...]:
+    x, axis = tensor(x), call.attr("axis", 0)
+    return torch.split(x, _parts(call, x.shape[axis], sizes), axis)
 
 
 def _bounds(call: Call, rank: int, *given: Value) -> list[tuple[int, Any, Any, int]]:
