@@ -259,6 +259,19 @@ class Graph:
             found.append(OutputSpec(label, read_shape(value, self._symbols) or (), value.dtype))
         self.outputs = tuple(found)
 
+    def complete(self) -> None:
+        """Computes the shapes of nodes that an edit has put in, where it changes no other shape.
+
+        Raises:
+            GraphError: an operator refuses the shapes; names the node.
+        """
+        if all("val" in node.meta for node in self.nodes()):
+            return
+        if shapes.complete(self.gm):
+            self._ops.clear()
+        else:
+            self.propagate()
+
     def _output_names(self) -> list[str]:
         flat = pytree.tree_leaves(self.gm.graph.output_node().args[0])
         tree = getattr(self.gm, "_out_spec", None)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
 
 from bitport.errors import GraphError, first_line
 from bitport.graph.match import is_shape, op_name
@@ -151,6 +152,39 @@ def propagate(
         for module, training in modes.items():
             module.training = training
     return symbols
+
+
+def complete(gm: fx.GraphModule) -> bool:
+    """Sets `node.meta["val"]` where an edit has left it out, from the values around it; all others stay as they are.
+
+    False where that can't be: values around are missing too, or are of another propagation, or don't fit.
+    """
+    known = (node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder"))
+    mode = next((value.fake_mode for value in known if isinstance(value, FakeTensor)), None)
+    if mode is None:
+        return False
+    for node in gm.graph.nodes:
+        if "val" in node.meta or node.op == "output":
+            continue
+        if any("val" not in used.meta for used in node.all_input_nodes):
+            return False
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: used.meta["val"])
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(value, FakeTensor) and value.fake_mode is not mode for value in leaves):
+            return False
+        try:
+            with torch.no_grad(), enable_python_dispatcher(), mode:
+                node.meta["val"] = _value(gm, node, mode, args, kwargs)
+        except RuntimeError:
+            return False
+    return True
+
+
+def _value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, args: Any, kwargs: Any) -> Any:
+    if node.op == "get_attr":
+        return mode.from_tensor(fetch(gm, str(node.target)), static_shapes=True)
+    call: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+    return _without_unrolling(call)(*args, **kwargs)
 
 
 def _without_unrolling(call: Any) -> Any:

@@ -163,9 +163,7 @@ def _clean(graph: Graph) -> None:
     graph.gm.graph.eliminate_dead_code()
     _delete_unused(graph)
     graph.gm.recompile()
-    # what was taken away changes no other shape; only new operators have none yet
-    if any("val" not in node.meta for node in graph.nodes()):
-        graph.propagate()
+    graph.complete()  # what was taken away changes no other shape
 
 
 def _delete_unused(graph: Graph) -> None:
