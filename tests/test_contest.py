@@ -113,7 +113,7 @@ def test_the_page_tells_gaps_failures_and_versions() -> None:
     }
     versions = {"peer0": {"torch": "9.9"}, "bitport": {"onnxruntime": "7.7"}}
     text = page.section(
-        found, versions, [0], {"peer0": "requirements.txt: log\nERROR: planted too"}, ["a CPU"]
+        found, versions, {"vit": [0]}, {"peer0": "requirements.txt: log\nERROR: planted too"}, ["a CPU"]
     )
     assert text.startswith(CONTEST)
     assert "peer0: 4.00 (" in text and ": ahead |" in text and ": behind |" in text
@@ -129,10 +129,12 @@ def test_the_page_tells_every_seed() -> None:
         pooled([RIGHT, RIGHT], [wrong(a), wrong(b)], [1.0, 1.0], text=False) for a, b in ((10, 30), (50, 70))
     )
     found = {("thin", Cell("W4A4", 4, 4)): Standing(False, {"best": own}, {"peer": other})}
-    text = page.section(found, {}, [0, 1], {}, ["a CPU"])
-    (row,) = [line for line in text.partition("Seed by seed (0, 1)")[2].splitlines() if "| W4A4 |" in line][
-        :1
-    ]
+    text = page.section(found, {}, {"vit": [0, 1], "mobile": [0, 1], "gpt": [1]}, {}, ["a CPU"])
+    (row,) = [
+        line
+        for line in text.partition("Seed by seed (0, 1; byte GPT: 1)")[2].splitlines()
+        if "| W4A4 |" in line
+    ][:1]
     told = [[each.split(" ")[0] for each in cell.strip().split(" · ")] for cell in row.split("|")[3:-1]]
     assert told == [["–"], ["1.00", "3.00"], ["5.00", "7.00"]]
 

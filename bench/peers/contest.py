@@ -295,6 +295,11 @@ def main() -> None:
     parser.add_argument(
         "--recorded", action="store_true", help="what the records hold isn't run, though code changed"
     )
+    parser.add_argument(
+        "--kept",
+        action="store_true",
+        help="the page of what the records hold, network by network; nothing is run",
+    )
     parser.add_argument("--record", action="store_true", help="keep what ran in the records")
     parser.add_argument(
         "--at-once", type=int, default=1, help="runs side by side: their seconds are no timings then"
@@ -308,7 +313,9 @@ def main() -> None:
     wanted = [name for name in arguments.cells.split(";") if name]
     networks = arguments.networks.split(",")
     every = list(jobs(entrants, networks, wanted, seeds))
-    found = _recorded(networks, seeds) if arguments.recorded else {}
+    found = _recorded(networks, seeds) if arguments.recorded or arguments.kept else {}
+    if arguments.kept:
+        every = [job for job in every if (job.network, job.seed) in found]
     todo = [job for job in every if (job.network, job.seed) not in found]
     troubles = {}
     for name in entrants if todo else ():
@@ -334,7 +341,10 @@ def main() -> None:
         for network, seed in dict.fromkeys((job.network, job.seed) for job in todo):
             records.write(records.place(RECORDS, network, seed), found[network, seed])
     cpus = sorted({record.cpu for record in found.values()})
-    text = page.section(standings(every, found), versions(every, found), seeds, troubles, cpus)
+    ran: dict[str, list[int]] = {}
+    for network, seed in dict.fromkeys((job.network, job.seed) for job in every):
+        ran.setdefault(network, []).append(seed)
+    text = page.section(standings(every, found), versions(every, found), ran, troubles, cpus)
     publish_section(text, arguments.write, page.HEADING)
 
 

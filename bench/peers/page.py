@@ -19,30 +19,39 @@ Standings = Mapping[tuple[str, Cell], Standing]
 def section(
     found: Standings,
     versions: Mapping[str, Mapping[str, str]],
-    seeds: Sequence[int],
+    seeds: Mapping[str, Sequence[int]],
     troubles: Mapping[str, str],
     cpus: Sequence[str],
 ) -> str:
     """Markdown: how it was measured, the table, who is ahead, what each peer did, what failed.
 
-    troubles: what failed of making a tool's environment. cpus: the processors that it ran on.
+    seeds: those that each network ran with. troubles: what failed of making a tool's environment. cpus: the processors
+    that it ran on.
     """
     peers = sorted({name for standing in found.values() for name in standing.peers})
     parts = [
         _intro(seeds, cpus),
         _table(found),
         _counts(found),
-        *([_seeds(found, seeds)] if len(seeds) > 1 else []),
+        *([_seeds(found, seeds)] if any(len(ran) > 1 for ran in seeds.values()) else []),
         _peers(found, peers),
         _failures(found, versions, peers, troubles),
     ]
     return "\n".join(parts)
 
 
-def _intro(seeds: Sequence[int], cpus: Sequence[str]) -> str:
+def _said(seeds: Mapping[str, Sequence[int]]) -> str:
+    """The seeds of most networks, and those of the others behind them."""
+    told = {network: ", ".join(map(str, ran)) for network, ran in seeds.items()}
+    usual = max(dict.fromkeys(told.values()), key=list(told.values()).count, default="none")
+    others = [f"{TITLES[network]}: {ran}" for network, ran in told.items() if ran != usual]
+    return "; ".join([usual, *others])
+
+
+def _intro(seeds: Mapping[str, Sequence[int]], cpus: Sequence[str]) -> str:
     return f"""{HEADING}
 
-Made by `make contest`: other tools on the same networks, calibration data and seeds ({len(seeds)}), each in an
+Made by `make contest`: other tools on the same networks, calibration data and seeds ({_said(seeds)}), each in an
 environment of its own (`bench/peers/`). {" and ".join(cpus)}, one thread each. Loss against float with its paired 95 %
 interval over all seeds: in points of accuracy on {TESTED:,} generated images a seed, or in percent of the bits a byte
 on {TESTED_TEXTS} stretches of text. Seconds are the median of quantizing alone. bitport's outputs are those of ONNX
@@ -93,7 +102,7 @@ def _gap(standing: Standing, effort: str, place: str) -> Interval | None:
     return standing.against(standing.median_peer if place == "median" else standing.best_peer, effort)
 
 
-def _seeds(found: Standings, seeds: Sequence[int]) -> str:
+def _seeds(found: Standings, seeds: Mapping[str, Sequence[int]]) -> str:
     lines = ["| network | cell | balanced | best | best peer |", "|---|---|---|---|---|"]
     for (network, cell), standing in found.items():
         best = standing.best_peer
@@ -101,7 +110,7 @@ def _seeds(found: Standings, seeds: Sequence[int]) -> str:
         shown.append(Entry() if best is None else standing.ran[best])
         losses = [" · ".join(_loss(each) for each in entry.by_seed) or "–" for entry in shown]
         lines.append("| " + " | ".join([TITLES[network], cell.name, *losses]) + " |")
-    return f"Seed by seed ({', '.join(map(str, seeds))}):\n\n" + "\n".join(lines) + "\n"
+    return f"Seed by seed ({_said(seeds)}):\n\n" + "\n".join(lines) + "\n"
 
 
 def _peers(found: Standings, peers: Sequence[str]) -> str:
