@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     ),
     "a sum with the input": (lambda: Net(lambda m, x: m.b(m.a(x) + x), a=conv(3, 3), b=conv(3, 4)), X, "scaled alike"),
     "a sum with a parameter": (
-        lambda: Net(lambda m, x: m.b(m.a(x) + m.p), p=nn.Parameter(torch.rand(8, 1, 1)), **_two()), X, "joins it",
+        lambda: Net(lambda m, x: m.b(m.a(x) + m.p), p=nn.Parameter(torch.rand(8, 8, 8)), **_two()), X, "joins it",
     ),
     "a sum that leaves": (lambda: Net(lambda m, x: (m.b(m.a(x) + m.c(x)), m.c(x)), **_two(c=conv())), X, "leaves the"),
     "itself": (lambda: Net(lambda m, x: m.b(m.a(x) * m.a(x)), **_two()), X, "joins it with other tensors"),

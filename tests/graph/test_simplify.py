@@ -89,6 +89,47 @@ def test_statistics_of_the_batch_are_not_folded() -> None:
     assert "batch_norm" in kinds(simplified(Net(lambda m, x: m.n(m.a(x)), a=conv(), n=norm), images(3)))
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape", "data"),
+    [
+        (conv(), (8, 1, 1), images(3)),
+        (conv(bias=False), (1, 8, 1, 1), images(3)),
+        (conv(6, 6, groups=6), (6, 1, 1), images(3, 6)),
+        (nn.ConvTranspose2d(4, 6, 2, 2, groups=2), (1, 6, 1, 1), images(3, 4)),
+        (nn.Linear(12, 8), (8,), torch.randn(5, 12)),
+        (nn.Linear(12, 8, bias=False), (1, 1, 8), tokens(3)),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_and_sums_of_channels_fold(
+    layer: nn.Module, shape: tuple[int, ...], data: Tensor, turned: bool
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.shift + m.scale * m.a(x) if turned else m.a(x) * m.scale + m.shift
+
+    net = Net(forward, a=layer, scale=torch.randn(shape), shift=torch.randn(shape))
+    assert len(kinds(simplified(net, data))) == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: (lambda y: y * m.scale + y)(m.a(x)),  # read twice
+        lambda m, x: m.a(x) * m.one,  # the same for all: free in integers
+        lambda m, x: m.a(x) * m.rows,  # along another axis
+        lambda m, x: torch.add(m.a(x), m.scale, alpha=2),
+        lambda m, x: m.a(x) * m.a(x).mean((2, 3), keepdim=True),  # computed
+        lambda m, x: m.a(x) / m.scale,
+        lambda m, x: m.a(x) + m.scale * 1e4,  # a mask
+    ],
+)
+def test_other_products_and_sums_stay(function: Any) -> None:
+    net = Net(
+        function, a=conv(3, 8), scale=torch.rand(8, 1, 1) + 1, one=torch.tensor(2.0), rows=torch.randn(8)
+    )
+    assert len(kinds(simplified(net, images(3)))) > 1
+
+
 def test_weight_norm_becomes_a_stored_weight() -> None:
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(12, 8))
     work = simplified(Net(lambda m, x: m.a(x), a=layer), tokens(2))

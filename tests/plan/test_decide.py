@@ -226,7 +226,10 @@ def test_a_constant_like_a_mask_names_itself() -> None:
 
 def test_a_constant_operand_gets_a_range_of_its_own() -> None:
     net = Net(
-        lambda m, x: m.b(m.a(x) + m.near), a=Linear(12, 8), near=torch.linspace(-2, 3, 8), b=Linear(8, 4)
+        lambda m, x: m.b(F.relu(m.a(x)) + m.near),
+        a=Linear(12, 8),
+        near=torch.linspace(-2, 3, 8),
+        b=Linear(8, 4),
     )
     plan = planned(net, tokens, activations={"range": "minmax"}).plan
     tie = plan.ties[plan.edges[Edge("near", "add", 1)]]

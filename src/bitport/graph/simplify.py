@@ -4,6 +4,7 @@
     merge_duplicates  the same operator on the same operands is computed once
     fold_constants    what depends on no input becomes a buffer
     fold_batch_norms  BatchNorm behind a convolution or Linear goes into its weights
+    fold_affines      so do products and sums with a number for each channel
     split_attention   scaled_dot_product_attention becomes matmul → scale → mask → softmax → matmul
     normalise         a mean over all pixels is a global average pool; a softmax over one element is 1
     (and `products`   other spellings of a matrix product become linear and matmul,
@@ -35,6 +36,8 @@ from .subpixel import convolve_phases
 
 aten = torch.ops.aten
 CONTRACTIONS = ("conv", "conv_transpose", "linear")
+# A constant beyond this is a mask, not a value: a range over it would leave no resolution for the rest.
+MASK_MAGNITUDE = 1e3
 
 
 def simplify(graph: Graph, *, phases: bool = False) -> None:
@@ -54,6 +57,7 @@ def simplify(graph: Graph, *, phases: bool = False) -> None:
     linear_instead(graph)
     _clean(graph)
     fold_batch_norms(graph)
+    fold_affines(graph)
     if phases:
         convolve_phases(graph)
     normalise(graph)
@@ -115,13 +119,64 @@ def fold_batch_norms(graph: Graph) -> None:
     for node in graph.nodes():
         source = foldable(graph, node)
         if source is not None:
-            _fold_into(graph, source, graph.op(source), graph.op(node))
-            graph.given.pop(graph.name(source), None)  # of what the norm read
-            if graph.name(node) in graph.given:
-                graph.given[graph.name(source)] = graph.given.pop(graph.name(node))
-            node.replace_all_uses_with(source)
-            graph.gm.graph.erase_node(node)
+            norm = graph.op(node)
+            gamma, beta, mean, var = (
+                None if o is None or o.tensor is None else graph.tensor(o.tensor).detach()
+                for o in norm.operands[1:5]
+            )
+            assert mean is not None and var is not None
+            _fold_into(graph, source, mean, var, gamma, beta, norm.attrs["eps"])
+            _takes_over(graph, source, node)
     _clean(graph)
+
+
+def _takes_over(graph: Graph, layer: fx.Node, node: fx.Node) -> None:
+    """A layer gives what the operator behind it gave, which goes."""
+    graph.given.pop(graph.name(layer), None)  # of what the operator read
+    if graph.name(node) in graph.given:
+        graph.given[graph.name(layer)] = graph.given.pop(graph.name(node))
+    node.replace_all_uses_with(layer)
+    graph.gm.graph.erase_node(node)
+
+
+def fold_affines(graph: Graph) -> None:
+    """A product or a sum with a number for each output channel of a layer: what converters leave of a norm."""
+    for node in graph.nodes():
+        found = _affine(graph, node)
+        if found is None:
+            continue
+        layer, values = found
+        zero, one = torch.zeros_like(values), torch.ones_like(values)
+        gamma, beta = (values, None) if graph.op(node).kind == "mul" else (None, values)
+        _fold_into(graph, layer, zero, one, gamma, beta, 0.0)
+        _takes_over(graph, layer, node)
+    _clean(graph)
+
+
+def _affine(graph: Graph, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
+    """The layer that a product or sum reads alone, and its number for each of the layer's channels [C]."""
+    op = graph.op(node)
+    if op.kind not in ("mul", "add") or len(op.operands) < 2 or op.attrs.get("alpha", 1) != 1:
+        return None
+    for read, other in (op.operands[:2], op.operands[1::-1]):
+        layer = None if read is None else read.node
+        if layer is None or other is None or other.tensor is None or not _feeds_alone(graph, layer):
+            continue
+        values, shape = graph.tensor(other.tensor).detach(), graph.shape(layer) or ()
+        axis = len(shape) - 1 if graph.op(layer).kind == "linear" else 1
+        wide = [1] * (len(shape) - values.dim()) + list(values.shape)
+        fits = graph.shape(node) == shape and 1 < values.numel() == wide[axis] == shape[axis]
+        if fits and values.is_floating_point() and bool((values.abs() <= MASK_MAGNITUDE).all()):
+            return layer, values.reshape(-1)
+    return None
+
+
+def _feeds_alone(graph: Graph, layer: fx.Node) -> bool:
+    """Whether it is a layer with weights of its own and one reader."""
+    if layer.op not in ("call_module", "call_function") or len(layer.users) != 1:
+        return False
+    op = graph.op(layer)
+    return op.kind in CONTRACTIONS and _owns_its_weight(graph, layer, op)
 
 
 def foldable(graph: Graph, node: fx.Node) -> fx.Node | None:
@@ -130,11 +185,7 @@ def foldable(graph: Graph, node: fx.Node) -> fx.Node | None:
     if op.kind != "batch_norm" or op.operands[0] is None or op.operands[0].node is None:
         return None
     source = op.operands[0].node
-    if source.op not in ("call_module", "call_function") or len(source.users) != 1:
-        return None
-    before = graph.op(source)
-    fits = before.kind in CONTRACTIONS and _has_statistics(op) and _owns_its_weight(graph, source, before)
-    return source if fits else None
+    return source if _has_statistics(op) and _feeds_alone(graph, source) else None
 
 
 def split_attention(graph: Graph) -> None:
@@ -225,14 +276,18 @@ def _has_statistics(op: Op) -> bool:
     return op.operands[3] is not None and op.operands[4] is not None
 
 
-def _fold_into(graph: Graph, node: fx.Node, op: Op, norm: Op) -> None:
+def _fold_into(
+    graph: Graph,
+    node: fx.Node,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+) -> None:
+    op = graph.op(node)
     weight, bias = op.operands[1], op.operands[2]
     assert weight is not None and weight.tensor is not None
-    read = [
-        None if o is None or o.tensor is None else graph.tensor(o.tensor).detach() for o in norm.operands[1:5]
-    ]
-    gamma, beta, mean, var = read
-    assert mean is not None and var is not None
     new_weight, new_bias = fold_batch_norm(
         graph.tensor(weight.tensor).detach(),
         None if bias is None or bias.tensor is None else graph.tensor(bias.tensor).detach(),
@@ -240,7 +295,7 @@ def _fold_into(graph: Graph, node: fx.Node, op: Op, norm: Op) -> None:
         var,
         gamma,
         beta,
-        norm.attrs["eps"],
+        eps,
         transposed=op.kind == "conv_transpose",
         groups=op.attrs.get("groups", 1),
     )

@@ -14,6 +14,7 @@ import torch
 
 from ..graph import Graph, Op
 from ..graph.reading import producer_name, value_users
+from ..graph.simplify import MASK_MAGNITUDE
 from ..rules import Derived, Fixed, OpRule, Ruleset, Shared
 from .build import build
 from .decisions import CLAMPS, Decisions, Ties
@@ -23,8 +24,6 @@ from .options import WITH_WEIGHTS, Override, TensorOptions, mode_of
 KEPT = "kept in float by the recipe"
 # Kinds whose result lies in [0, 1] anyway: a clamp loses nothing by sharing their parameters.
 UNIT_INTERVAL = ("sigmoid", "softmax", "hardsigmoid")
-# A constant operand beyond this is a mask, not a value: a range over it would leave no resolution for the rest.
-MASK_MAGNITUDE = 1e3
 
 
 def decide(
