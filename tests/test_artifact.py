@@ -104,7 +104,7 @@ def test_the_parts_can_be_read_back(folder: Path) -> None:
     scale, _ = tie.parameters()
     steps = artifact.graph.tensor("stem.weight").detach().double() / scale.double().reshape(-1, 1, 1, 1)
     assert (steps - steps.round()).abs().max() < 1e-4
-    assert steps.abs().max() > 100
+    assert steps.abs().max() > 0.8 * tie.format.high  # 63 where the processor has no VNNI, else 127
 
 
 def test_verify_of_a_moved_folder_changes_nothing(folder: Path) -> None:

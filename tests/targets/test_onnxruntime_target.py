@@ -150,6 +150,13 @@ def test_weights_are_narrow_where_products_could_saturate(
     assert table.ruleset().weight_limit == limit
     prepared = prepare(Net(lambda m, x: m.a(x), a=conv()), [images(8)])
     assert prepared.plan.ties["a.weight"].format.high == (limit or 127)
+    for activations, highest in (
+        ({"format": "int8", "dynamic": True}, limit or 127),
+        ({"format": "float32"}, 127),
+    ):
+        layer = prepare(Net(lambda m, x: m.a(x), a=nn.Linear(12, 4)), [tokens(8)], activations=activations)
+        assert layer.plan.node("a").mode == ("dynamic" if "dynamic" in activations else "weights")
+        assert layer.plan.ties["a.weight"].format.high == highest
 
 
 def test_an_arm_processor_has_no_such_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,12 +116,13 @@ class _Builder:
     def _weight_tie(self, node: torch.fx.Node, slot: int, operand: Operand, constraint: Weight) -> str:
         d, options = self.d, self.d.weights[node]
         fmt = options.for_weights(constraint.axis)
-        limit = d.ruleset.weight_limit if d.static(node) else None
+        mode = d.rows[node].mode
+        limit = None if mode == "weights" else d.ruleset.weight_limit  # there no integers are multiplied
         if limit is not None and fmt.high > limit:
             fmt = fmt.with_(low=-limit, high=limit, bits=fmt.bits)
         key = producer_name(d.graph, operand)
         first = first_name(d.graph, key)
-        held = d.ruleset.weights[d.rows[node].mode]
+        held = d.ruleset.weights[mode]
         choose = options.symmetric == "auto" and fmt.is_int and not held.symmetric
         wanted = TensorPlan(fmt, "weight", range=options.range, members=(key,), choose=choose)
         if fmt.granularity == "global":

@@ -19,6 +19,7 @@ from bitport.frontends.pytorch import load_module
 from bitport.numerics.packing import pack
 from bitport.plan.lower import Lowered
 from bitport.plan.ops import DEQUANTIZE, UNPACK, code_type
+from bitport.targets._base import has_integer_dot_product
 from bitport.targets.onnxruntime.decode import KEY
 from bitport.targets.onnxruntime.export import lowered_to_onnx
 from bitport.targets.onnxruntime.inspect import user_name
@@ -45,6 +46,12 @@ class Ran:
 
     def bytes_of(self, name: str) -> int:
         return len(self.initializer(name).raw_data)
+
+
+def largest(bits: int) -> int:
+    """The largest code of a weight that multiplies bytes exactly on this processor: pairs saturate without VNNI."""
+    code = 2 ** (bits - 1) - 1
+    return code if has_integer_dot_product() else min(code, 63)
 
 
 class Handmade:

@@ -112,6 +112,7 @@ def test_a_row_that_shares_one_scale_stores_one() -> None:
             assert_close(ran.outputs[i], want, 0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "rows"), [(1, 1), (17, 3), (33, 1), (64, 4), (5, 7)])
 def test_decoded_when_the_file_is_loaded(width: int, rows: int) -> None:
     widths = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 15)

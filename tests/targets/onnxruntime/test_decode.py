@@ -6,13 +6,14 @@ import onnx
 import pytest
 import torch
 from tests.flow import Net
-from tests.targets.onnxruntime.handmade import Handmade
+from tests.targets.onnxruntime.handmade import Handmade, largest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitport.numerics.arithmetic import along, grouped
 from bitport.numerics.packing import packed_bytes
 from bitport.plan.ops import DEQUANTIZE, LOOKUP, QUANTIZE
+from bitport.targets._base import has_integer_dot_product
 
 LINEAR = torch.ops.aten.linear.default
 CONV = torch.ops.aten.conv2d.default
@@ -124,7 +125,7 @@ def test_static_kernels_take_narrower_weights(bits: int) -> None:
         return made.call(f"{name}/dq", DEQUANTIZE, q, *args, -1)
 
     def weight(name: str, shape: tuple[int, ...]) -> tuple[object, object, Tensor, Tensor]:
-        q = torch.randint(low + 1, -low, shape, generator=generator)
+        q = torch.randint(-largest(bits), largest(bits) + 1, shape, generator=generator)
         scale = torch.rand(shape[0], generator=generator) * 0.05 + 0.01
         bias = torch.randint(-200, 200, shape[:1], generator=generator, dtype=torch.int32)
         zeros = torch.zeros(shape[0], dtype=torch.int64)
@@ -153,5 +154,7 @@ def test_static_kernels_take_narrower_weights(bits: int) -> None:
         return torch.clamp(torch.round(v / x_scale), -128, 127) * x_scale
 
     want = rounded(F.linear(rounded(F.conv2d(rounded(x), real_w1, real_b1)).flatten(1), real_w2, real_b2))
-    assert float((ran.outputs[0] - want).abs().max()) <= 1.01 * float(x_scale)
+    # ONNX Runtime quantizes the matrix of this Linear anew, to all 8 bits, whose products saturate without VNNI
+    steps = 1.01 if has_integer_dot_product() else 2.01
+    assert float((ran.outputs[0] - want).abs().max()) <= steps * float(x_scale)
     assert float((ran.outputs[0] == want).float().mean()) > 0.7

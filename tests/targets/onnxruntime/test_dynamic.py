@@ -7,7 +7,7 @@ import operator
 import pytest
 import torch
 from tests.flow import Net
-from tests.targets.onnxruntime.handmade import Handmade
+from tests.targets.onnxruntime.handmade import Handmade, largest
 from torch import nn
 
 from bitport.errors import ExportError
@@ -21,8 +21,8 @@ def layer(
     made: Handmade, name: str, x: object, rows: int, width: int, bits: int, channel: bool, bias: bool
 ) -> object:
     generator = torch.Generator().manual_seed(bits + rows)
-    low = -(2 ** (bits - 1))
-    q = torch.randint(low, -low, (rows, width), generator=generator)
+    low, high = -(2 ** (bits - 1)), largest(bits)
+    q = torch.randint(max(low, -high - 1), high + 1, (rows, width), generator=generator)
     scale = torch.rand((rows,) if channel else (), generator=generator) * 0.02 + 0.01
     weight = made.weight(f"{name}.weight", q, scale, torch.zeros(scale.shape), bits, low, 0)
     args = (x, weight, made.buffer(f"{name}.bias", torch.linspace(-1, 1, rows))) if bias else (x, weight)
