@@ -287,6 +287,7 @@ def test_training_data_for_a_recipe_that_does_not_train_is_refused(tmp_path: Pat
         small.compressed(tmp_path / "out", train=small.evaluation())
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_moves_integers_far_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

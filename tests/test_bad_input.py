@@ -128,6 +128,7 @@ def test_channels_of_zeros_are_exact(tmp_path: Path, kind: str, target: str) -> 
     assert bool((stored[expected] == 0).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "target"), [(0.0, "onnxruntime"), (0.7, "onnxruntime"), (0.0, "null"), (-3.0, "null")]
 )

@@ -105,6 +105,7 @@ def test_a_layer_is_told_with_what_stands_beside_it(tmp_path: Path) -> None:
     assert sum(after[name]["loss_share"] for name in ("up", "down", "head")) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_steps_behind_it_still_compare_with_the_float_network(tmp_path: Path) -> None:
     recipe = Recipe((*PLAIN, StepSpec("low_rank"), StepSpec("correct_bias"), StepSpec("gptq")), name="behind")
     made = bitport.compress(
@@ -136,6 +137,7 @@ def test_a_checkpoint_keeps_it(tmp_path: Path) -> None:
     assert found.graph.digest() == artifact.graph.digest()
 
 
+@pytest.mark.slow
 def test_floats_are_made_of_it_again(tmp_path: Path) -> None:
     artifact = compressed(tmp_path / "out")
     simulated = decibels(artifact.predict(inputs(seed=9)))
@@ -145,6 +147,7 @@ def test_floats_are_made_of_it_again(tmp_path: Path) -> None:
             assert decibels(graph.run(inputs(seed=9))[0]) == pytest.approx(simulated, abs=0.5)
 
 
+@pytest.mark.slow
 def test_it_can_be_stored_in_another_format(tmp_path: Path) -> None:
     compressed(tmp_path / "out")
     made = bitport.requantize(
@@ -160,6 +163,7 @@ def test_it_can_be_stored_in_another_format(tmp_path: Path) -> None:
     assert any("up and 2 more: something stands beside it already" in reason for reason in told), told
 
 
+@pytest.mark.slow
 def test_the_doctor_reads_it(tmp_path: Path) -> None:
     artifact = compressed(tmp_path / "out")
     found = bitport.diagnose(tmp_path / "out", data())

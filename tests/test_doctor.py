@@ -96,6 +96,7 @@ def test_a_planted_layer_is_found_and_cured(
 # ------------------------------------------------------------------------------------------------ other artifacts
 
 
+@pytest.mark.slow
 def test_weights_alone_are_blamed_where_nothing_else_is_rounded(tmp_path: Path) -> None:
     case = planted.outlier_channel()
     options = {"weights": {"format": "int4", "granularity": "tensor"}, "activations": {"format": "float32"}}

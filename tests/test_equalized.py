@@ -84,6 +84,7 @@ def test_floats_are_made_of_it_again_with_its_own_statistics(tmp_path: Path) -> 
             assert decibels(graph.run(x)[0], x) > 30
 
 
+@pytest.mark.slow
 def test_it_can_be_stored_in_another_format(tmp_path: Path) -> None:
     compressed(tmp_path / "out")
     made = bitport.requantize(tmp_path / "out", "w4a8", data=data(), out=tmp_path / "four", metric="mse")

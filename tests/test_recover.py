@@ -76,6 +76,7 @@ def again(source: Path, chosen: Recipe | str, out: Path, **more: Any) -> Artifac
 # ------------------------------------------------------------------------------------------------ requantize
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [

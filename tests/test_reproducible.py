@@ -86,6 +86,7 @@ def test_what_differs_is_measurement_only(here: Path, elsewhere: Path) -> None:
     assert files <= {"measurements.json", "report.html"}
 
 
+@pytest.mark.slow
 def test_batches_of_another_size_give_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small.quick(monkeypatch)
     x = small.patterns(32)[0]

@@ -61,6 +61,7 @@ def test_the_proof_looks_at_the_tensors_that_were_rounded(tmp_path: Path, target
     assert decibels(found, x) > 15
 
 
+@pytest.mark.slow
 def test_floats_and_other_formats_can_be_made_of_it(tmp_path: Path) -> None:
     compressed(tmp_path / "out")
     x = data(1)[0]
@@ -72,5 +73,6 @@ def test_floats_and_other_formats_can_be_made_of_it(tmp_path: Path) -> None:
     assert not made.plan.rotated, "it is part of the weights by now"
 
 
+@pytest.mark.slow
 def test_the_same_call_gives_the_same_bytes(tmp_path: Path) -> None:
     small.assert_same_bytes(compressed, tmp_path)

@@ -6,6 +6,7 @@ import gc
 import weakref
 from typing import Any
 
+import pytest
 import torch
 from tests.flow import Net, context, conv, images, prepare
 from tests.nets import build
@@ -55,6 +56,7 @@ def test_a_targets_own_formula_is_used() -> None:
     assert not torch.equal(right, off)
 
 
+@pytest.mark.slow
 def test_values_are_freed_after_their_last_reader() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         for _ in range(6):

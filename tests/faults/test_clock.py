@@ -66,6 +66,7 @@ def test_a_clock_that_is_wrong_or_jumps_gives_the_same_bytes(
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [0.0, 1.0, 4.1e9, 7e9])
 def test_files_of_another_time_are_neither_kept_nor_feared(tmp_path: Path, when: float) -> None:
     out = small.compressed(tmp_path / "out").path

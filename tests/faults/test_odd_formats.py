@@ -65,6 +65,7 @@ def outlier(model: small.Tiny) -> None:
 # ------------------------------------------------------------------------------------- 24: one weight of 1e30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
@@ -94,6 +95,7 @@ def test_an_outlier_is_told_in_every_format(tmp_path: Path, weights: dict[str, A
 # ------------------------------------------------------------------------------------- 25, 26: tiny weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "value"), [(outlier, r"1\.4.*e\+29"), (lambda m: m.body.weight.mul_(1e-9), r"\d\.\d+e-1[01]")]
 )
@@ -110,6 +112,7 @@ def test_scales_beyond_float16_are_refused_by_name(tmp_path: Path, change: Chang
     assert_finite(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["null", "onnxruntime"])
 def test_subnormal_weights_of_groups_give_no_nan(tmp_path: Path, target: str) -> None:
     artifact = run(lambda m: m.body.weight.fill_(1e-41), recipe(GROUPS), tmp_path / "out", target)
@@ -119,6 +122,7 @@ def test_subnormal_weights_of_groups_give_no_nan(tmp_path: Path, target: str) ->
     assert_finite(artifact)
 
 
+@pytest.mark.slow
 def test_weights_that_float16_flushes_are_told(tmp_path: Path) -> None:
     artifact = run(lambda m: m.body.weight.mul_(1e-9), "fp16", tmp_path / "out")
     (note,) = told(artifact, "body.weight")
@@ -205,6 +209,7 @@ def test_a_bias_beyond_32_bits_raises_the_scale_and_is_told(tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------- 32: groups and packing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["null", "onnxruntime"])
 @pytest.mark.parametrize("group", [7, 100_000])
 def test_groups_of_any_size(tmp_path: Path, group: int, target: str) -> None:

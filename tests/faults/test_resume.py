@@ -115,6 +115,7 @@ def test_stopped_in_any_step_and_run_again_gives_the_same_bytes(
     assert record["memory.compress_peak_bytes"] is None
 
 
+@pytest.mark.slow
 def test_stopped_twice_resumes_twice(tmp_path: Path, whole: dict[str, dict[str, bytes]]) -> None:
     out = tmp_path / "out"
     for use in STEPS:
@@ -123,6 +124,7 @@ def test_stopped_twice_resumes_twice(tmp_path: Path, whole: dict[str, dict[str, 
     assert files(small.compressed(out, recipe=RECIPE).path) == whole["null"]
 
 
+@pytest.mark.slow
 def test_an_old_artifact_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     out = small.compressed(tmp_path / "out").path
     before = small.content(out)
@@ -312,6 +314,7 @@ def test_somebodys_files_in_the_folder_stay(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- when it is written
 
 
+@pytest.mark.slow
 def test_after_a_minute_of_work_a_step_is_kept_without_being_asked(
     tmp_path: Path, whole: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +352,7 @@ def test_a_checkpoint_that_can_not_be_written_stops_no_run(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_step_draws_the_same_whatever_ran_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def test_it_goes_on_behind_the_last_finished_layer_to_the_same_bytes(
     assert not place.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["a byte", "cut", "a link", "another run"])
 def test_a_damaged_layer_is_done_again(damage: str, tmp_path: Path, work: list[str]) -> None:
     whole = content(small.compressed(tmp_path / "whole", "null", recipe=recipe("gptq")).path)

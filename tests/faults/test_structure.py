@@ -151,6 +151,7 @@ class Tied(nn.Module):
         return self.head(F.relu(self.mid(self.tok(ids))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TIED)
 def test_a_tied_table_is_stored_once_where_its_readers_want_the_same(kind: str, tmp_path: Path) -> None:
     preset, overrides, size = TIED[kind]
@@ -280,6 +281,7 @@ def test_thin_calibration_data_is_told(data: list[Tensor], distinct: str | None)
         assert f"the calibration data has only {distinct}" in told[0]
 
 
+@pytest.mark.slow
 def test_a_float_network_that_guesses_is_told(tmp_path: Path) -> None:
     wrong = [(x, (y + 1) % 3) for x, y in small.evaluation()]  # another order of classes than in training
     notes = small.compressed(tmp_path / "wrong", evaluation=wrong).measurements["notes"]
@@ -289,6 +291,7 @@ def test_a_float_network_that_guesses_is_told(tmp_path: Path) -> None:
     assert [note for note in notes if "guessing" in note] == []
 
 
+@pytest.mark.slow
 def test_a_limit_above_all_that_can_be_lost_is_told(tmp_path: Path) -> None:
     (note,) = told(small.compressed(tmp_path / "out", max_drop=2), "max_drop = 2 allows any loss")
     assert "top1 is a share from 0 to 1, and one point of it is 0.01" in note
@@ -299,6 +302,7 @@ def told(artifact: bitport.Artifact, words: str) -> list[str]:
     return [note for note in artifact.measurements["notes"] if words in note]
 
 
+@pytest.mark.slow
 def test_data_on_another_scale_than_the_example_is_told(tmp_path: Path) -> None:
     example = small.patterns(4)[0].clamp(0, 1)
     graph = bitport.load(small.tiny(), example)
@@ -356,6 +360,7 @@ def test_both_directions_and_infinite_values(scale: float) -> None:
     assert graph.clone().examples == graph.examples
 
 
+@pytest.mark.slow
 def test_one_class_for_everything_is_told_where_agreement_is_all_there_is(tmp_path: Path) -> None:
     biased = small.tiny()
     with torch.no_grad():

@@ -97,6 +97,7 @@ def test_state_dict_and_ties(name: str) -> None:
     assert not any(a.data_ptr() == b.data_ptr() for a, b in zip(want.values(), got.values(), strict=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_round_trips_keep_names_and_operators(name: str, tmp_path: Any) -> None:
     model, graph = loaded(name)

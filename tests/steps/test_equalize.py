@@ -93,6 +93,7 @@ def test_channels_a_hundred_times_apart_round_like_even_ones(
         torch.testing.assert_close(found.reference.run(x)[0], twin(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "dynamic"), [("onnxruntime", False), ("onnxruntime", True), ("null", False)]
 )
@@ -314,6 +315,7 @@ def test_weights_that_no_longer_fit_their_format_are_refused(monkeypatch: pytest
     assert found.plan is prepared.plan and "can't be stored: no room" in only_reason(settings)
 
 
+@pytest.mark.slow
 def test_norms_scales_come_from_batches_that_dont_judge() -> None:
     model, data = plant_outliers(Transformer()).eval(), sequences(4)
     plain, _ = equalized(prepare(model, data), data)

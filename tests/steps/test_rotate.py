@@ -52,10 +52,16 @@ def behind(prepared: Prepared, data: Sequence[Tensor], *steps: str) -> tuple[flo
 # ------------------------------------------------------------------------------------------------ what gains
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm], ids=["layer norm", "rms norm"])
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm, pytest.param(nn.RMSNorm, marks=pytest.mark.slow)], ids=["layer norm", "rms norm"]
+)
 @pytest.mark.parametrize(
     ("target", "options", "gain"),
-    [("onnxruntime", {}, 2.0), ("null", {}, 2.0), ("null", W4A4, 1.1)],
+    [
+        ("onnxruntime", {}, 2.0),
+        pytest.param("null", {}, 2.0, marks=pytest.mark.slow),
+        pytest.param("null", W4A4, 1.1, marks=pytest.mark.slow),
+    ],
     ids=["int8", "null int8", "w4a4"],
 )
 def test_loud_channels_of_the_stream_are_spread(
@@ -72,6 +78,7 @@ def test_loud_channels_of_the_stream_are_spread(
     assert any("lowered the output error" in note for note in found.context.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm], ids=["layer norm", "rms norm"])
 def test_narrow_weights_are_judged_behind_the_steps_that_solve_for_them(norm: type[nn.Module]) -> None:
     data = sequences()

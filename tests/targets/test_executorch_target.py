@@ -268,6 +268,7 @@ def test_stored_tensors(function: Any) -> None:
     assert_exact(ship(prepare(net, [images(8)], "executorch"), images(4)))
 
 
+@pytest.mark.slow
 def test_what_stays_float_between_integers() -> None:
     torch.manual_seed(3)
     net = Net(

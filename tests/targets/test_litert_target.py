@@ -246,6 +246,7 @@ def test_an_operator_that_it_lacks_is_named(tmp_path: Path) -> None:
         LiteRt().export(graph, Plan.empty("litert"), tmp_path)
 
 
+@pytest.mark.slow
 def test_integer_ends(tmp_path: Path) -> None:
     torch.manual_seed(0)
     graph, data = bitport.load(digits(), images(4)), [images(16) for _ in range(2)]

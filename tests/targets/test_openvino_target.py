@@ -181,6 +181,7 @@ def packed(fmt: str, group: int) -> dict[str, Any]:
     return {"format": fmt, "granularity": "group", "group": group} if group else {"format": fmt}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "bits"),
     [
@@ -274,6 +275,7 @@ os.kill(os.getpid(), signal.SIGINT)
 """
 
 
+@pytest.mark.slow
 def test_a_signal_behind_closed_sessions_does_not_end_the_process(tmp_path: Path) -> None:
     prepared = prepare(digits(), [images(8)], "openvino")
     prepared.target.export(prepared.work, prepared.plan, tmp_path)

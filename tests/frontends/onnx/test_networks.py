@@ -89,6 +89,7 @@ def test_what_is_read_can_be_trained(tmp_path: Path) -> None:
     assert len(list(net.parameters())) == len(list(subjects.VisionTransformer().parameters()))
 
 
+@pytest.mark.slow
 def test_an_onnx_file_is_compressed_as_the_module_is(tmp_path: Path) -> None:
     net, data = settled(subjects.ThinNet), [torch.rand(16, 1, 16, 16) for _ in range(2)]
     graphs = [

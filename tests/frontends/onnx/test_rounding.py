@@ -29,6 +29,7 @@ def rounded(zero: Any, other: Any = None, source: str = "Neg") -> Any:
     return model(nodes, constants)
 
 
+@pytest.mark.slow
 def test_a_file_of_our_own_gives_its_network_back(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = Net(
