@@ -109,6 +109,20 @@ class Layer(nn.Module):
         return self.step(*given)
 
 
+class Controlled(nn.Module):
+    """A step that runs graphs of its own."""
+
+    def __init__(self, step: Step, bodies: Mapping[str, Network], budget: control.Budget) -> None:
+        super().__init__()
+        self.step, self.budget = step, budget
+        for name, body in bodies.items():
+            self.add_module(name, body)
+
+    def forward(self, *values: Value) -> Any:
+        bodies = dict(self.named_children())
+        return self.step.operator.run(self.step.call, bodies, self.budget, *self.step.filled(values))
+
+
 class Network(Scope):
     """All nodes in order. Called with the network's inputs by name, gives its output, or a dict of several."""
 
@@ -167,7 +181,7 @@ class Network(Scope):
 
     def _controlled(self, node: Node, step: Step, known: Mapping[int, Array]) -> nn.Module:
         """The layer of a node with graphs of its own, which take what is known of the graph around them."""
-        bodies: dict[str, nn.Module] = {}
+        bodies: dict[str, Network] = {}
         for name, body in control.reachable(step.call, node.bodies, known).items():
             around, own = len(node.inputs) - body.captured, len(body.inputs) - body.captured
             for at, port in enumerate(body.inputs[own:], around):
@@ -175,7 +189,7 @@ class Network(Scope):
                     body.constants[port.name] = known[at]
             step.constants = {slot: value for slot, value in known.items() if slot < around}
             bodies[name] = Network(body, {}, self.budget)
-        return control.Controlled(step, bodies, self.budget)
+        return Controlled(step, bodies, self.budget)
 
     def _scope(self, path: Sequence[str]) -> str:
         """The innermost scope of a path; there from now on."""

@@ -7,9 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
-from ._calls import Call, Operator, Value, is_known, operator, tensor
+from ._calls import Call, Value, is_known, operator, tensor
 
 MOST = 4096  # rounds of all loops of a network: each is written out, so that more would be no network to work with
 REMEDY = "export the network with torch.onnx.export(..., dynamo=True), which writes out what branches and loops come to"
@@ -41,29 +40,6 @@ class Budget:
             call.refuse(f"the network's loops go on for more than {MOST} rounds")
 
 
-class Filled(Protocol):
-    """A node's call, its operator, and its values with its constants among them."""
-
-    call: Call
-    operator: Operator
-
-    def filled(self, values: Sequence[Value]) -> list[Value]: ...
-
-
-class Controlled(nn.Module):
-    """A node that runs graphs of its own."""
-
-    def __init__(self, step: Filled, bodies: Mapping[str, nn.Module], budget: Budget) -> None:
-        super().__init__()
-        self.step, self.budget = step, budget
-        for name, body in bodies.items():
-            self.add_module(name, body)
-
-    def forward(self, *values: Value) -> Any:
-        bodies = dict(self.named_children())
-        return self.step.operator.run(self.step.call, bodies, self.budget, *self.step.filled(values))
-
-
 def reachable(call: Call, bodies: Mapping[str, Any], known: Mapping[int, Value]) -> Mapping[str, Any]:
     """Those of a node's graphs that can run."""
     if call.kind != "If" or 0 not in known:
@@ -73,6 +49,7 @@ def reachable(call: Call, bodies: Mapping[str, Any], known: Mapping[int, Value])
 
 
 def branch(call: Call, condition: Value) -> str:
+    """The name of the graph that an If runs."""
     return "then_branch" if holds(call, condition) else "else_branch"
 
 
