@@ -67,7 +67,7 @@ def decibels(found: object) -> float:
     return small.decibels(network(), found, inputs(seed=9))
 
 
-@pytest.mark.parametrize("target", ["null", "onnxruntime"])
+@pytest.mark.parametrize("target", [pytest.param("null", marks=pytest.mark.slow), "onnxruntime"])
 def test_it_is_proved_and_read_back(tmp_path: Path, target: str) -> None:
     artifact = compressed(tmp_path / "out", target)
     record = artifact.measurements

@@ -42,7 +42,7 @@ def decibels(found: object, x: torch.Tensor) -> float:
     return small.decibels(network(), found, x)
 
 
-@pytest.mark.parametrize("target", ["null", "onnxruntime"])
+@pytest.mark.parametrize("target", [pytest.param("null", marks=pytest.mark.slow), "onnxruntime"])
 def test_the_proof_looks_at_the_tensors_that_were_rounded(tmp_path: Path, target: str) -> None:
     artifact = compressed(tmp_path / "out", target)
     record = artifact.measurements

@@ -52,7 +52,9 @@ CLOCKS = {
 }
 
 
-@pytest.mark.parametrize("kind", CLOCKS)
+@pytest.mark.parametrize(
+    "kind", ["back and forth", *(pytest.param(k, marks=pytest.mark.slow) for k in list(CLOCKS)[1:])]
+)
 def test_a_clock_that_is_wrong_or_jumps_gives_the_same_bytes(
     kind: str, usual: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,7 +192,7 @@ def residual(function: Callable[[Any, Tensor], Any], **parts: Any) -> Net:
         (residual(lambda m, x: m.head(m.norm(F.relu(x)))), r"relu \(relu\) is part of it"),
         (residual(lambda m, x: m.head(m.norm(x)) + F.gelu(x).sum()), r"gelu \(gelu\) reads it"),
         (residual(lambda m, x: m.head(F.relu(m.norm(x)))), r"relu \(relu\) reads norm"),
-        (residual(lambda m, x: m.head(m.norm(x * m.g)), g=torch.rand(WIDTH)), r"\(mul\) is part of it"),
+        (residual(lambda m, x: m.head(m.norm(x * m.g)), g=torch.rand(9, WIDTH)), r"\(mul\) is part of it"),
         (residual(lambda m, x: m.head(m.norm(x + 1.0))), r"\(add_scalar\) is part of it"),
         (residual(lambda m, x: m.head(m.norm(x + x.mean(-1, keepdim=True)))), "mean"),
         (residual(lambda m, x: m.head(m.norm(x + m.s)), s=torch.ones(9, 1)), "added to all its channels alike"),

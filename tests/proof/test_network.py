@@ -105,7 +105,7 @@ def test_masks_are_neither_integers_nor_float() -> None:
     ("weights", "activations", "precision", "said"),
     [
         ("int4", {"format": "float32"}, "float", "its weights alone are stored narrow"),
-        ("int8", {"dynamic": True}, "int8", "it rounds what it reads to 8 bits while it runs"),
+        ("int4", {"dynamic": True}, "int8", "it rounds what it reads to 8 bits while it runs"),
         ("int4", {}, "int8", None),
         ("nf4", {"format": "float32"}, "float", "its weights alone are stored narrow"),
     ],

@@ -10,7 +10,7 @@ import torch
 
 from ._calls import Call, Value, is_known, operator, tensor
 
-MOST = 4096  # rounds of all loops of a network: each is written out, so that more would be no network to work with
+MOST = 1024  # rounds of all loops of a network: each is written out, so that more would be no network to work with
 REMEDY = "export the network with torch.onnx.export(..., dynamo=True), which writes out what branches and loops come to"
 
 
