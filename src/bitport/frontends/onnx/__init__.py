@@ -125,8 +125,7 @@ def _decided(model: Model, given: Sequence[set[str]]) -> set[str]:
         read = [made_of.get(name, set()) for name in node.inputs]
         found |= set().union(*(read[slot] for slot in slots if slot < len(read)))
         for body in node.bodies.values():
-            own = len(body.inputs) - body.captured
-            found |= _decided(body, [*read[:own], *read[len(read) - body.captured :]])
+            found |= _decided(body, [*read[: body.own], *read[len(read) - body.captured :]])
         sizes = node.kind in ("Shape", "Size")  # which are known without data
         made_of.update(dict.fromkeys(node.outputs, set() if sizes else set().union(*read)))
     return found

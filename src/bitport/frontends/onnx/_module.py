@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -17,36 +18,24 @@ from torch.fx.traceback import annotate
 
 from ...errors import BitportError, LoadError, first_line
 from ...graph.program import MARK
-from . import (
-    attention,
-    control,
-    elementwise,
-    indexing,
-    layers,
-    quantized,
-    recurrent,
-    reducing,
-    sampling,
-    shaping,
-)
+from . import control, layers
 from ._calls import OPERATORS, Array, Call, Operator, Unsupported, Value, is_known, tensor
 from ._reading import DOMAINS, Model, Node
 
 # what Python and torch raise where a node's values don't fit its operator, as in a damaged file
 UNFIT = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
-# imported so that their operators are in the table
-TABLES = (
-    attention,
-    control,
-    elementwise,
-    indexing,
-    layers,
-    quantized,
-    recurrent,
-    reducing,
-    sampling,
-    shaping,
-)
+# imported so that their operators are in the table, as control's and layers' are
+for _name in (
+    "attention",
+    "elementwise",
+    "indexing",
+    "quantized",
+    "recurrent",
+    "reducing",
+    "sampling",
+    "shaping",
+):
+    import_module(f".{_name}", __package__)
 # operators whose constants may have been learnt: they become parameters where there are several numbers
 LEARNT = {
     "Add",
@@ -134,11 +123,8 @@ class Network(Scope):
         self.budget = control.Budget() if budget is None else budget
         # (path of the layer or scope, node, what runs in a scope, names of what it gives)
         self.steps: list[tuple[str, Node, Step | None, list[str]]] = []
-        self.given = {port.name: identifier(port.name) for port in model.inputs if port.name not in fixed}
-        self.read = [port.name for port in model.inputs]
+        self.inputs, self.outputs = [port.name for port in model.inputs], list(model.outputs)
         self.captured = model.captured
-        self.wanted = {name: identifier(name) for name in model.outputs}
-        self.outputs = model.outputs
         self.fixed = dict(fixed)
         self.marked = set(model.given)
         constants = model.constants
@@ -152,9 +138,9 @@ class Network(Scope):
                     self._add(node, model.opset, biases.get(node.name), constants, shared)
             waiting.subtract(node.inputs)
             for name in node.inputs:
-                if not waiting[name] and name not in self.wanted:
+                if not waiting[name] and name not in self.outputs:
                     constants.pop(name, None)  # it may be as large as the network
-        self.passed = {name: constants[name] for name in self.wanted if name in constants}
+        self.passed = {name: constants[name] for name in self.outputs if name in constants}
 
     def _add(
         self, node: Node, opset: int, bias: Node | None, constants: dict[str, Array], shared: dict[str, nn.Parameter]
@@ -183,8 +169,8 @@ class Network(Scope):
         """The layer of a node with graphs of its own, which take what is known of the graph around them."""
         bodies: dict[str, Network] = {}
         for name, body in control.reachable(step.call, node.bodies, known).items():
-            around, own = len(node.inputs) - body.captured, len(body.inputs) - body.captured
-            for at, port in enumerate(body.inputs[own:], around):
+            around = len(node.inputs) - body.captured
+            for at, port in enumerate(body.inputs[body.own :], around):
                 if at in known:
                     body.constants[port.name] = known[at]
             step.constants = {slot: value for slot, value in known.items() if slot < around}
@@ -221,13 +207,13 @@ class Network(Scope):
 
     def compute(self, inputs: Mapping[str, Tensor]) -> Any:
         self.budget.renew()
-        values = self._values({name: inputs[key] for name, key in self.given.items()})
-        given = {key: tensor(values[name]) for name, key in self.wanted.items()}
+        values = self._values({n: inputs[identifier(n)] for n in self.inputs if n not in self.fixed})
+        given = {identifier(name): tensor(values[name]) for name in self.outputs}
         return given if len(given) > 1 else next(iter(given.values()))
 
     def run(self, given: Sequence[Value]) -> list[Value]:
         """The same of values, in the order of its inputs; its outputs as they are."""
-        values = self._values(dict(zip(self.read, given, strict=True)))
+        values = self._values(dict(zip(self.inputs, given, strict=True)))
         return [values[name] for name in self.outputs]
 
     def _values(self, given: Mapping[str, Value]) -> dict[str, Value]:
@@ -274,7 +260,7 @@ def identifier(name: str) -> str:
     """A name that Python takes."""
     found = re.sub(r"\W", "_", name) or "_"
     found = f"_{found}" if found[0].isdigit() else found
-    return f"{found}_" if found == "self" or keyword.iskeyword(found) else found
+    return f"{found}_" if found == "self" else _attribute(found)
 
 
 def _attribute(name: str) -> str:

@@ -64,6 +64,11 @@ class Model:
     given: dict[str, GivenScale] = field(default_factory=dict)  # of tensors whose roundings were taken out
     captured: int = 0  # so many of its inputs, the last ones, are values of the graph around it
 
+    @property
+    def own(self) -> int:
+        """How many inputs it has that it doesn't capture."""
+        return len(self.inputs) - self.captured
+
 
 def read(path: Path) -> Model:
     """Raises LoadError where it is no ONNX model, UnsafeFile where it wants data from outside its folder."""
@@ -222,12 +227,12 @@ def _body(graph: Any, opset: int, folder: Path | None) -> Model:
 
 def _closed(inputs: list[str], bodies: Mapping[str, Model]) -> list[str]:
     """A node's inputs with all that its graphs capture, which all of them get."""
-    own = {name: body.inputs[: len(body.inputs) - body.captured] for name, body in bodies.items()}
-    every = [port for name, body in bodies.items() for port in body.inputs[len(own[name]) :]]
-    captured = list({port.name: port for port in every}.values())
-    for name, body in bodies.items():
-        body.inputs, body.captured = [*own[name], *captured], len(captured)
-    missing = max((len(ports) for ports in own.values()), default=0) - len(inputs)
+    captured = list(
+        {port.name: port for body in bodies.values() for port in body.inputs[body.own :]}.values()
+    )
+    for body in bodies.values():
+        body.inputs, body.captured = [*body.inputs[: body.own], *captured], len(captured)
+    missing = max((body.own for body in bodies.values()), default=0) - len(inputs)
     return [*inputs, *[""] * missing, *(port.name for port in captured)]
 
 
