@@ -130,11 +130,8 @@ def test_the_page_tells_every_seed() -> None:
     )
     found = {("thin", Cell("W4A4", 4, 4)): Standing(False, {"best": own}, {"peer": other})}
     text = page.section(found, {}, {"vit": [0, 1], "mobile": [0, 1], "gpt": [1]}, {}, ["a CPU"])
-    (row,) = [
-        line
-        for line in text.partition("Seed by seed (0, 1; byte GPT: 1)")[2].splitlines()
-        if "| W4A4 |" in line
-    ][:1]
+    by_seed = text.partition("Seed by seed (0, 1; byte GPT: 1)")[2].splitlines()
+    row = next(line for line in by_seed if "| W4A4 |" in line)
     told = [[each.split(" ")[0] for each in cell.strip().split(" · ")] for cell in row.split("|")[3:-1]]
     assert told == [["–"], ["1.00", "3.00"], ["5.00", "7.00"]]
 

@@ -182,7 +182,8 @@ class Ruleset:
         reasons: kind → why this runtime has no integer kernel for it (shown in reports).
         fixed: kind → real range of its result, where a float operator's result is quantized for a reader.
         widths: bits of weights that its model file stores as they are; the others are packed beside it.
-        weight_limit: largest |integer| of a weight on this host, e.g. 64 where 8-bit products could saturate.
+        weight_limit: largest |integer| of a weight that is multiplied by integers on this host, e.g. 64 where 8-bit
+            products could saturate; weights that are decoded before (mode `weights`) have none.
         integer_io: the network takes and gives integers: its inputs and outputs are quantized too.
     """
 

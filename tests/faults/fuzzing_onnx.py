@@ -59,16 +59,16 @@ def seeds() -> list[onnx.ModelProto]:
     value = helper.make_tensor_value_info("z", 1, None)
     branch = helper.make_graph([node("Relu", ["x"], ["z"])], "branch", [], [value])
     other = helper.make_graph([node("Neg", ["x"], ["z"])], "branch", [], [value])
-    value = helper.make_tensor_value_info("v", 1, None)
+    carried = helper.make_tensor_value_info("v", 1, None)
     head = [helper.make_tensor_value_info("t", 7, []), helper.make_tensor_value_info("going", 9, [])]
-    round_ = helper.make_graph(
+    iteration = helper.make_graph(
         [node("Identity", ["going"], ["still"]), node("Add", ["v", "x"], ["more"])],
-        "round",
-        [*head, value],
+        "iteration",
+        [*head, carried],
         [
             helper.make_tensor_value_info("still", 9, []),
             helper.make_tensor_value_info("more", 1, None),
-            value,
+            carried,
         ],
     )
     recurrent = {"w": weight(1, 16, 3), "r": weight(1, 16, 4), "b": weight(1, 32)}
@@ -143,7 +143,7 @@ def seeds() -> list[onnx.ModelProto]:
         ),
         model([node("Relu", ["x"], ["h"]), node("Softmax", ["h"], ["y"], axis=1)], opset=6),
         model([node("If", ["c"], ["y"], then_branch=branch, else_branch=other)], {"c": np.array(True)}),
-        model([node("Loop", ["n", "", "x"], ["y", "every"], body=round_)], {"n": np.array(3)}),
+        model([node("Loop", ["n", "", "x"], ["y", "every"], body=iteration)], {"n": np.array(3)}),
         called,
     ]
 

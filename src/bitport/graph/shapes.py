@@ -175,7 +175,7 @@ def complete(gm: fx.GraphModule) -> bool:
         try:
             with torch.no_grad(), enable_python_dispatcher(), mode:
                 node.meta["val"] = _value(gm, node, mode, args, kwargs)
-        except RuntimeError:
+        except (RuntimeError, TypeError, ValueError):  # the whole propagation tells which node, and why
             return False
     return True
 

@@ -117,7 +117,7 @@ class _Builder:
         d, options = self.d, self.d.weights[node]
         fmt = options.for_weights(constraint.axis)
         mode = d.rows[node].mode
-        limit = None if mode == "weights" else d.ruleset.weight_limit  # there no integers are multiplied
+        limit = None if mode == "weights" else d.ruleset.weight_limit
         if limit is not None and fmt.high > limit:
             fmt = fmt.with_(low=-limit, high=limit, bits=fmt.bits)
         key = producer_name(d.graph, operand)

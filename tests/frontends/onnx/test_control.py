@@ -129,7 +129,7 @@ def test_a_loop_is_written_out(rounds: Any, stacked: bool) -> None:
     compared(made, recurrent(rounds, stacked=stacked), torch.randn(7, STEPS, WIDTH))  # its batch stays open
 
 
-def test_weights_that_every_round_reads_are_there_once_and_can_be_trained() -> None:
+def test_weights_that_every_iteration_reads_are_there_once_and_can_be_trained() -> None:
     made = load_proto(recurrent(None), torch.randn(2, STEPS, WIDTH))
     shapes = sorted(tuple(parameter.shape) for parameter in made.gm.parameters())
     assert shapes == [(WIDTH,), (WIDTH, WIDTH), (WIDTH, WIDTH)]
@@ -213,13 +213,13 @@ def counted(rounds: Any, nodes: list[Any] | None = None) -> onnx.ModelProto:
     return model([*(nodes or []), loop], {} if rounds is None else {"rounds": np.array(rounds)})
 
 
-def test_a_loop_of_millions_of_rounds_is_refused() -> None:
-    with pytest.raises(LoadError, match=rf"node 'Loop y' \(Loop, opset 21\).*more than {MOST} rounds"):
+def test_a_loop_of_millions_of_iterations_is_refused() -> None:
+    with pytest.raises(LoadError, match=rf"node 'Loop y' \(Loop, opset 21\).*more than {MOST} iterations"):
         load_proto(counted(2**40), torch.randn(2, 3, 8, 8))
 
 
-def test_a_loop_without_rounds_cannot_tell_what_it_stacks() -> None:
-    with pytest.raises(LoadError, match="no rounds"):
+def test_a_loop_without_iterations_cannot_tell_what_it_stacks() -> None:
+    with pytest.raises(LoadError, match="no iterations"):
         load_proto(counted(0), torch.randn(2, 3, 8, 8))
 
 
@@ -233,7 +233,7 @@ def test_what_data_decides_is_refused_with_the_remedy() -> None:
         LoadError, match=r"node 'If y' \(If, opset 21\).*condition depends on data.*dynamo=True"
     ):
         load_proto(proto, x)
-    with pytest.raises(LoadError, match=r"node 'Loop y' \(Loop.*rounds depend on data"):
+    with pytest.raises(LoadError, match=r"node 'Loop y' \(Loop.*iterations depend on data"):
         load_proto(counted(None, [summed, node("Cast", ["sum"], ["rounds"], to=WHOLE)]), x)
 
 

@@ -34,7 +34,7 @@ class Operator:
     run: `(call, *values)` → a value, or a tuple of as many as it has outputs. params: input slot → the parameter's name
     in the layer. known: `(call, *arrays)` → an array, where no input is a tensor. layer: `(call, constants by slot)` →
     a module that is called with all values instead of `run`, those constants left out (None); or None. controls: it
-    runs graphs of its own: `run` is `(call, bodies by name, rounds that are left, *values)`.
+    runs graphs of its own: `run` is `(call, bodies by name, iterations that are left, *values)`.
     """
 
     run: Implementation

@@ -10,7 +10,7 @@ import torch
 
 from ._calls import Call, Value, is_known, operator, tensor
 
-MOST = 1024  # rounds of all loops of a network: each is written out, so that more would be no network to work with
+MOST = 1024  # iterations of all loops of a network: each is written out, so that more would be no network to work with
 REMEDY = "export the network with torch.onnx.export(..., dynamo=True), which writes out what branches and loops come to"
 
 
@@ -26,7 +26,7 @@ Bodies = Mapping[str, Body]
 
 
 class Budget:
-    """The rounds that are left to a network's loops."""
+    """The iterations that are left to a network's loops."""
 
     def __init__(self) -> None:
         self.renew()
@@ -37,7 +37,7 @@ class Budget:
     def spend(self, call: Call) -> None:
         self.left -= 1
         if self.left < 0:
-            call.refuse(f"the network's loops go on for more than {MOST} rounds")
+            call.refuse(f"the network's loops go on for more than {MOST} iterations")
 
 
 def reachable(call: Call, bodies: Mapping[str, Any], known: Mapping[int, Value]) -> Mapping[str, Any]:
@@ -72,14 +72,14 @@ def choice(call: Call, bodies: Bodies, budget: Budget, condition: Value, *captur
 
 @operator("Loop", controls=True)
 def loop(call: Call, bodies: Bodies, budget: Budget, *values: Value) -> Any:
-    """Round after round: values carried on, then what each round adds to a stack."""
+    """Iteration after iteration: loop-carried values, then what each adds to a stack."""
     body = bodies["body"]
     count = len(values) - 2 - body.captured
-    rounds, condition, carried, captured = values[0], values[1], values[2 : 2 + count], values[2 + count :]
-    last = None if rounds is None else int(call.number(rounds, "rounds"))
+    trips, condition, carried, captured = values[0], values[1], values[2 : 2 + count], values[2 + count :]
+    trip_count = None if trips is None else int(call.number(trips, "iterations"))
     stacks: list[list[Value]] = []
     at = 0
-    while (last is None or at < last) and holds(call, condition):
+    while (trip_count is None or at < trip_count) and holds(call, condition):
         budget.spend(call)
         started = np.array(True) if condition is None else condition
         given = body.run([np.array(at, np.int64), started, *carried, *captured])
@@ -91,7 +91,7 @@ def loop(call: Call, bodies: Bodies, budget: Budget, *values: Value) -> Any:
 
 @operator("Scan", controls=True)
 def scan(call: Call, bodies: Bodies, budget: Budget, *values: Value) -> Any:
-    """A loop over slices of inputs; what each round gives is put together again."""
+    """A loop over slices of inputs; what each iteration gives is put together again."""
     if call.opset < 9:
         call.refuse("its form of opset 8, with lengths of sequences")
     body, scanned = bodies["body"], int(call.attr("num_scan_inputs"))
@@ -119,5 +119,5 @@ def scan(call: Call, bodies: Bodies, budget: Budget, *values: Value) -> Any:
 
 def _stacked(call: Call, stacks: Sequence[Sequence[Value]], axes: Sequence[int]) -> list[Value]:
     if axes and not stacks:
-        call.refuse("it has no rounds, so that nothing tells the shape of what it gives")
+        call.refuse("it has no iterations, so that nothing tells the shape of what it gives")
     return [torch.stack([tensor(given[place]) for given in stacks], axis) for place, axis in enumerate(axes)]
