@@ -140,7 +140,10 @@ def commit() -> str:
     """The commit that is run, with a + where files differ from it; nothing outside a repository."""
     told = [
         subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "src", "bench"))
+        for words in (
+            ("rev-parse", "--short", "HEAD"),
+            ("status", "--porcelain", "src", "bench", f":!{RECORDS.relative_to(ROOT)}"),
+        )
     ]
     return told[0] + ("+" if told[1] else "")
 
@@ -327,6 +330,7 @@ def main() -> None:
         found[key] = fresh(*key, folder)
     with ThreadPoolExecutor(max_workers=arguments.at_once) as pool:
         results = pool.map(lambda job: run(job, folder, again=arguments.again), todo)
+        last = {(job.network, job.seed): index for index, job in enumerate(todo, 1)}
         for index, (job, result) in enumerate(zip(todo, results, strict=True), 1):
             result = scored(job, folder, result)
             found[job.network, job.seed].results[job.row] = result
@@ -337,9 +341,8 @@ def main() -> None:
             sys.stderr.write(
                 f"{index}/{len(todo)} {job.name} {job.network} {job.seed} {job.cell.name}: {state}\n"
             )
-    if arguments.record:
-        for network, seed in dict.fromkeys((job.network, job.seed) for job in todo):
-            records.write(records.place(RECORDS, network, seed), found[network, seed])
+            if arguments.record and index == last[job.network, job.seed]:  # only what is whole
+                records.write(records.place(RECORDS, job.network, job.seed), found[job.network, job.seed])
     cpus = sorted({record.cpu for record in found.values()})
     ran: dict[str, list[int]] = {}
     for network, seed in dict.fromkeys((job.network, job.seed) for job in every):
