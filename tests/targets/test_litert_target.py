@@ -230,6 +230,30 @@ def test_narrow_weights_are_narrow_in_the_file(
     assert size <= values * bits // 8 + 32 * (256 + 64) + 4096
 
 
+def test_an_integer_layer_that_runs_in_float_is_told(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    prepared = prepare(digits(), [images(8)], "litert")
+    prepared.target.export(prepared.work, prepared.plan, tmp_path)
+    assert not prepared.target.inspect(tmp_path, prepared.plan).missed
+    prepared.target.export(prepared.work, Plan.empty("litert"), tmp_path)
+    missed = prepared.target.inspect(tmp_path, prepared.plan).missed
+    assert set(missed) == {"a", "b", "c", "adaptive_avg_pool2d"}
+    assert missed["a"] == "the file doesn't run it as CONV_2D I8: it runs as CONV_2D, RELU"
+
+
+def test_a_weight_that_is_wide_in_the_file_is_told(tmp_path: Path) -> None:
+    narrow, wide = (
+        prepare(two_layers(), [torch.randn(8, 128)], "litert", weights={"format": name}, activations=FLOAT)
+        for name in ("int4", "int8")
+    )
+    wide.target.export(wide.work, wide.plan, tmp_path)
+    assert not wide.target.inspect(tmp_path, wide.plan).missed
+    missed = wide.target.inspect(tmp_path, narrow.plan).missed
+    assert missed == {
+        name: f"its weight {name}.weight takes 8 bits in the file, not 4" for name in ("a", "b")
+    }
+
+
 @pytest.mark.parametrize(
     ("weights", "why"),
     [({"format": "bfloat16"}, "LiteRT decodes float16 weights, not bfloat16"),

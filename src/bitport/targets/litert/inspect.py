@@ -70,8 +70,10 @@ def _wide(graph: Any, types: dict[int, str], plan: Plan) -> dict[str, str]:
     for edge, tie in plan.edges.items():
         if plan.ties[tie].source != "weight":
             continue
-        width = plan.ties[tie].format.bits
-        promised = next(n for n in (BYTE, 2 * BYTE, 4 * BYTE) if width <= n)
+        width, node = plan.ties[tie].format.bits, plan.node(edge.consumer)
+        # XNNPACK's integer convolutions take no nibbles
+        least = BYTE if node.mode is None and node.kernel != "FULLY_CONNECTED" else HALF
+        promised = next(n for n in (least, BYTE, 2 * BYTE, 4 * BYTE) if width <= n)
         stored = bits.get(f"{tie}{QUANTIZED}", promised)
         if stored > promised:
             found[edge.consumer] = (
