@@ -13,6 +13,8 @@ from tests.faults import (
     mutations,
     mutations_of_executorch,
     mutations_of_formats,
+    mutations_of_frameworks,
+    mutations_of_litert,
     mutations_of_onnx,
     mutations_of_openvino,
 )
@@ -25,6 +27,8 @@ MUTATIONS = (
     *mutations_of_onnx.MUTATIONS,
     *mutations_of_openvino.MUTATIONS,
     *mutations_of_executorch.MUTATIONS,
+    *mutations_of_litert.MUTATIONS,
+    *mutations_of_frameworks.MUTATIONS,
 )
 PACKAGE = ROOT / "src" / "bitport"
 FAILED = 1  # pytest: some test failed; other codes mean that it couldn't even run

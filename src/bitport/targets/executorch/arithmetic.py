@@ -86,7 +86,8 @@ def linear_dynamic(call: Call) -> Tensor:
         grid = replace(weight.grid, scale=weight.grid.scale.bfloat16().float())
         return F.linear(q.float() * scale, replace(weight, grid=grid).dequantize(), bias)
     zero, one = torch.zeros((), dtype=torch.int32), torch.ones(())
-    codes = QTensor(weight.codes.to(torch.int32), one, zero, LOW, HIGH)
+    centred = weight.codes.to(torch.int32) - weight.grid.format.zero_point
+    codes = QTensor(centred, one, zero, LOW, HIGH)
     real = project(QTensor(q, one, zero, LOW - HIGH, HIGH - LOW), codes).float() * scale
     return fma(real, weight.grid.scale, torch.zeros(()) if bias is None else bias)
 

@@ -15,6 +15,7 @@ from ...errors import FOREIGN, ExportError, first_line
 from ...graph import Graph
 from ...plan import Plan, lower
 from ...plan.capture import capture
+from ...plan.retarget import with_signed_weights
 from ._sdk import quiet
 from .decomposed import STACK, decompose
 
@@ -45,7 +46,7 @@ def export_model(
 
     Raises ExportError where ExecuTorch refuses.
     """
-    lowered = lower(graph, plan)
+    lowered = lower(graph, with_signed_weights(plan))
     shown = decompose(lowered, graph, taps=taps)
     first = _batch(graph)
     largest = {

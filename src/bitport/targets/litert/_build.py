@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ExportError
+from ...plan.lower import BYTE
 from ._flatbuffer import File, Quant
 
 Size = Any  # int, or torch.SymInt where an axis is dynamic
@@ -25,6 +26,7 @@ TYPES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
 }  # fmt: skip
 MOST_AXES = 3  # of a tensor with channels: fewer have no space
+HALF = 4  # bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +144,9 @@ class Builder:
         return Value(index, shape, dtype, quant, last)
 
     def constant(
-        self, value: Tensor, name: str, *, quant: Quant | None = None, last: bool = False, bits: int = 0
+        self, value: Tensor, name: str, *, quant: Quant | None = None, last: bool = False, bits: int = BYTE
     ) -> Value:
-        """A tensor of known numbers, written once. bits: 4 packs two codes into a byte."""
+        """A tensor of known numbers, written once. bits: HALF packs two codes into a byte."""
         key = (
             id(value),
             last,
@@ -161,7 +163,7 @@ class Builder:
         shape = tuple(int(size) for size in turned.shape)
         dtype, raw = type_of(value.dtype, name), turned.contiguous()
         array = raw.view(torch.int16).numpy() if value.dtype == torch.bfloat16 else raw.numpy()
-        if bits:
+        if bits == HALF:
             codes = array.reshape(-1).astype(np.uint8) & 15
             codes = np.append(codes, np.zeros(codes.size % 2, np.uint8))
             array, dtype = codes[0::2] | codes[1::2] << 4, "INT4"

@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from ...errors import ExportError
 from ...graph import Graph
 from ...plan import Plan
-from ...plan.lower import QUANTIZED
+from ...plan.lower import BYTE, QUANTIZED
 from ...plan.ops import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC, UNPACK
-from ._build import Builder, Size, Value, plain
+from ._build import HALF, Builder, Size, Value, plain
 from ._flatbuffer import Quant
 
 Row = Callable[["Call"], Any]
@@ -77,7 +77,7 @@ class Call:
     def bits(self, tensor: Tensor) -> int:
         """4 where a constant's codes have as many, and the kernel takes them; XNNPACK's convolutions don't."""
         takes = not self.integer or self.node.target is torch.ops.aten.linear.default
-        return self.converter.widths.get(id(tensor), 0) if takes else 0
+        return self.converter.widths.get(id(tensor), BYTE) if takes else BYTE
 
     def follows(self) -> Quant:
         """How the reader of this operator's integers means them."""
@@ -177,7 +177,7 @@ class Converter:
         self.program, self.graph, self.plan, self.rows = program, graph, plan, rows
         self.integer_io = integer_io
         self.names: dict[int, str] = {}
-        self.widths: dict[int, int] = {}  # of codes narrower than their type
+        self.widths: dict[int, int] = {}  # bits in which codes are stored that are narrower than their type
         self.made: dict[tuple[int, str, str], Tensor] = {}
         self.env: dict[fx.Node, Any] = {}
         self.builder = Builder(self._symbols())
@@ -299,7 +299,8 @@ class Converter:
         known = self._computed(node)
         if known is not None:
             if target is UNPACK:
-                self.widths[id(known)] = self.arguments(node)["bits"]
+                bits = self.arguments(node)["bits"]
+                self.widths[id(known)] = HALF if bits <= HALF else BYTE
             return known
         row = self.rows.get(target)
         if row is None:

@@ -11,6 +11,7 @@ from ...graph.export import quiet_export
 from ...graph.simplify import split_attention
 from ...plan import Plan, lower
 from ...plan.capture import capture
+from ...plan.retarget import with_signed_weights
 from . import elementwise, layers, reducing, shaping
 from .convert import Converter, Row
 
@@ -22,6 +23,7 @@ def export_model(graph: Graph, plan: Plan, *, integer_io: bool = False) -> bytes
     if any(graph.op(node).kind == "sdpa" for node in graph.nodes()):
         graph = graph.clone()
         split_attention(graph)
+    plan = with_signed_weights(plan)
     lowered = lower(graph, plan)
     program = capture(lowered, graph)
     program = _decomposed(program)

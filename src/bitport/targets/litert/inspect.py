@@ -10,12 +10,12 @@ from ...plan import Plan
 from ...plan.lower import BYTE, QUANTIZED
 from ...rules import DECODED
 from .._base import Inspection
+from ._build import HALF
 from ._flatbuffer import AGAIN, BITS, schema
 from .reading import kind_of
 from .table import HYBRID
 
 INTEGER = " I8"  # after the kind of an operator that takes and gives 8-bit integers
-HALF = 4  # bits
 
 
 def inspected(model: Any, plan: Plan) -> Inspection:

@@ -18,6 +18,7 @@ from ...errors import ExportError, MissingDependency, TargetError
 from ...graph import Graph
 from ...plan import Plan, lower
 from ...plan.lower import QUANTIZED
+from ...plan.retarget import with_signed_weights
 from ...rules import Ruleset
 from ...simulate import Arithmetic
 from .._base import Inspection, Session, Target, as_array
@@ -49,8 +50,8 @@ class OpenVino(Target):
 
     def export(self, graph: Graph, plan: Plan, folder: Path) -> None:
         graph = with_heads(graph)
-        lowered = lower(graph, plan, dtype=torch.uint8, offset=U8_OFFSET)
-        found = widened(lowered)
+        lowered = lower(graph, with_signed_weights(plan), dtype=torch.uint8, offset=U8_OFFSET)
+        found = widened(lowered, plan)
         model = to_onnx(lowered, graph, opset=OPSET)
         narrow(model, found)
         core = _core()

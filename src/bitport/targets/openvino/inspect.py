@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...plan import Plan
-from ...plan.lower import BYTE, QUANTIZED
+from ...plan.lower import QUANTIZED
 from ...rules import DECODED
 from .._base import Inspection
 from .._onnx import AGAIN
-from .weights import HALF
+from .weights import stored_bits
 
 MADE_BY = ["bitport", "outputs"]  # where the file tells which operator makes an output
 INTEGER = " I8"  # after the kind of an operator whose kernel takes 8-bit integers; precision tells of weights as well
@@ -63,9 +63,7 @@ def _wide(written: Any, plan: Plan) -> dict[str, str]:
     for edge, tie in plan.edges.items():
         if plan.ties[tie].source != "weight":
             continue
-        promised = next(
-            width for width in (HALF, BYTE, 2 * BYTE, 4 * BYTE) if plan.ties[tie].format.bits <= width
-        )
+        promised = stored_bits(plan, edge.consumer, plan.ties[tie].format.bits)
         stored = bits.get(f"{tie}{QUANTIZED}", promised)
         if stored > promised:
             reason = f"its weight {edge.producer} takes {stored} bits in the file, not {promised}"

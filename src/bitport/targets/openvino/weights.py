@@ -17,7 +17,8 @@ from torch import fx
 from torch.nn import functional as F
 
 from ...numerics.packing import pack
-from ...plan.lower import Lowered
+from ...plan import Plan
+from ...plan.lower import BYTE, QUANTIZED, Lowered
 from ...plan.ops import DEQUANTIZE
 from ...plan.stored import unpacked
 from .._onnx import AGAIN
@@ -37,13 +38,22 @@ class Narrow:
     floats: dict[str, torch.dtype] = field(default_factory=dict)
 
 
-def widened(lowered: Lowered) -> Narrow:
+def stored_bits(plan: Plan, consumer: str, width: int) -> int:
+    """What a weight of so many bits takes in the file: integer kernels take no fewer than 8."""
+    return next(
+        n for n in (HALF if plan.node(consumer).mode else BYTE, BYTE, 2 * BYTE, 4 * BYTE) if width <= n
+    )
+
+
+def widened(lowered: Lowered, plan: Plan) -> Narrow:
     """Replace bit streams by integers of a type that torch has, and groups by blocks of a matrix's rows, in place."""
     graph, module = lowered.module.graph, lowered.module
     found, biases = Narrow(), set[str]()
+    multiplied = {tie for edge, tie in plan.edges.items() if plan.node(edge.consumer).mode is None}
     for buffer, (bits, low) in unpacked(module).items():
-        if bits <= HALF:
-            found.codes[lowered.names[buffer]] = low
+        label = lowered.names[buffer]
+        if bits <= HALF and label.removesuffix(QUANTIZED).partition(":")[0] not in multiplied:
+            found.codes[label] = low
     for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype)):
         stored: Any = node.args[0]
         name = lowered.names.get(str(stored.target)) if stored.op == "get_attr" else None
