@@ -77,6 +77,10 @@ class TensorOptions:
         """The Format of activations. Raises FormatError where the words contradict each other."""
         return self._parsed("tensor")
 
+    def kept_as(self, stored: Sequence[str]) -> bool:
+        """Whether activations are to be of one of the formats that a target stores without computing with them."""
+        return not self.is_float and not self.dynamic and str(self.for_activations()).split()[0] in stored
+
     def away_from_layers(self) -> TensorOptions:
         """The options of a tensor that no layer multiplies by its weights.
 
@@ -196,10 +200,9 @@ def _check(
 ) -> None:
     stored = () if activations.dynamic else ruleset.stored
     for options in (activations, activations.away_from_layers()):
-        fmt = options.for_activations()
-        if not options.is_float and str(fmt).split()[0] not in stored:
+        if not options.is_float and not options.kept_as(stored):
             held = ruleset.dynamic if options.dynamic and ruleset.dynamic else ruleset.activations
-            objection = held.objection(fmt)
+            objection = held.objection(options.for_activations())
             if objection is not None:
                 raise TargetError(
                     f"{ruleset.name} has no integer kernels for {options.format} activations ({objection}); it holds "

@@ -53,6 +53,14 @@ def assert_nearly(sent: Shipped) -> None:
         assert layer.local.exact_share > 0.99
 
 
+@pytest.mark.parametrize("name", ["int16 symmetric", "int[-32768,32767]"])
+def test_another_spelling_is_stored_alike(name: str) -> None:
+    prepared = prepare(Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv(8, 4)), [images(8)],
+                       activations={"format": name})  # fmt: skip
+    assert not any(todo.kernel for todo in prepared.plan.nodes.values())
+    assert_nearly(ship(prepared, images(8)))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_its_integers_are_the_simulators_and_its_reason_is_said(name: str, tmp_path: Any) -> None:
     prepared, sent, _ = shipped(name)
