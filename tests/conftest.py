@@ -28,10 +28,12 @@ def _quiet_torch() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _speeds_are_measured_briefly() -> None:
-    """Of the tiny networks of tests nobody wants the speed to the percent."""
+def _costs_are_measured_briefly() -> None:
+    """Of the tiny networks of tests nobody wants the speed to the percent, or processes that tell what memory they
+    take; `small.with_memory` measures that."""
     defaults: Any = cost.latency.__kwdefaults__
     defaults["seconds"], defaults["rounds"] = 0.2, 8
+    cost.run_memory = lambda *_, **__: 1
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,6 @@
 """Tiny networks and data for whole journeys, and a way to make their proof cheap.
 
-`quick` shortens the timing and skips the measuring process, for tests that are about neither.
+`quick` shortens the timing, for tests that are not about it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 import bitport
 from bitport import api
 from bitport.numerics.error import ErrorStats
-from bitport.proof import cost
+from bitport.proof import cost, memory
 
 SOURCE = Path(bitport.__file__).parents[1]
 CLASSES = 3
@@ -116,9 +117,16 @@ def pairs(count: int = 32, seed: int = 5) -> list[bitport.Batch]:
 
 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time for 30 ms only, and start no process that measures memory."""
+    """Time for 30 ms only."""
     monkeypatch.setattr(cost, "latency", functools.partial(cost.latency, seconds=0.03, rounds=8))
-    monkeypatch.setattr(cost, "run_memory", lambda *_: 1)
+
+
+@contextmanager
+def with_memory() -> Iterator[None]:
+    """Measure what memory artifacts take, in processes of their own, as users have it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cost, "run_memory", memory.run_memory)
+        yield
 
 
 def without_page(monkeypatch: pytest.MonkeyPatch) -> None:

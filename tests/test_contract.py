@@ -66,7 +66,8 @@ COMMON = {
 @pytest.fixture(scope="module", params=["onnxruntime", "null"])
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bitport.Artifact:
     """One whole compression for each target, with nothing made cheaper."""
-    return small.compressed(tmp_path_factory.mktemp("contract") / "out", request.param, max_drop=0.2)
+    with small.with_memory():
+        return small.compressed(tmp_path_factory.mktemp("contract") / "out", request.param, max_drop=0.2)
 
 
 # --------------------------------------------------------------------------------------------- names, signatures
@@ -230,7 +231,7 @@ def test_every_key_that_scripts_read_is_there(artifact: bitport.Artifact) -> Non
     real = artifact.target.name == "onnxruntime"
     assert (record["latency"]["speedup"] is not None) == real
     assert (record["size"]["ratio"] is not None) == real
-    assert (record["memory"]["run_peak_bytes"] is not None) == real
+    assert ((record["memory"]["run_peak_bytes"] or 0) > 10**6) == real
     assert record["memory"]["compress_peak_bytes"] >= 0
     assert record["task"]["verdict"] == "holds"
     assert record["task"]["drop"] == pytest.approx(record["task"]["float"] - record["task"]["runtime"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from bench import matrix
 from bench.matrix import Cell, Outcome
+from tests import small
 
 import bitport
 
@@ -15,7 +16,9 @@ DIAGONAL = matrix.diagonal()
 
 
 @pytest.mark.parametrize("cell", DIAGONAL, ids=lambda cell: "-".join(vars(cell).values()))
-def test_the_page_is_what_is_measured(cell: Cell, tmp_path: Path) -> None:
+def test_the_page_is_what_is_measured(cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.quick(monkeypatch)  # speeds aren't compared
+    small.without_page(monkeypatch)
     told = matrix.read(PAGE.read_text(encoding="utf-8"))[cell]
     found = matrix.line(cell, matrix.outcome(cell, tmp_path / "out"))
     for ours, theirs in zip(parts(matrix.without_speed(found)), parts(told), strict=True):

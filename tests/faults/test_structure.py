@@ -47,10 +47,10 @@ def test_hostile_layer_patterns_take_no_time(pattern: str) -> None:
     graph = bitport.load(small.tiny(), X)
     rules = bitport.artifact.make_target("null").rules()
     options = bitport.steps.quantize
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(RecipeError, match="matches no operator"):
         resolve(graph, rules, options.WEIGHTS, options.ACTIVATIONS, [Override(match=pattern, weights={})])
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize(
@@ -61,10 +61,10 @@ def test_hostile_layer_patterns_take_no_time(pattern: str) -> None:
     ],
 )  # fmt: skip
 def test_hostile_recipes_are_refused_at_once(text: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(BitportError):
         Recipe.parse(text)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 # ------------------------------------------------------------------------------------- 37, 38, 43: structure

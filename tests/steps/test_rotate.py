@@ -223,10 +223,18 @@ def test_the_seed_chooses_the_rotation() -> None:
 
 # ------------------------------------------------------------------------------------------------ its place
 
+OFTEN = ("int8layer norm", "w4a4rms norm")
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm], ids=["layer norm", "rms norm"])
+
 @pytest.mark.parametrize(
-    "options", [{}, pytest.param(W4A8, marks=pytest.mark.slow), W4A4], ids=["int8", "w4a8", "w4a4"]
+    ("norm", "options"),
+    [
+        pytest.param(
+            norm, options, id=f"{name}-{kind}", marks=[pytest.mark.slow] * (name + kind not in OFTEN)
+        )
+        for kind, norm in (("layer norm", nn.LayerNorm), ("rms norm", nn.RMSNorm))
+        for name, options in (("int8", {}), ("w4a8", W4A8), ("w4a4", W4A4))
+    ],
 )
 def test_the_runtime_computes_the_rotated_integers(norm: type[nn.Module], options: dict[str, Any]) -> None:
     data = sequences()

@@ -45,6 +45,15 @@ def test_weights_of_any_format(target: str, mode: str, name: str) -> None:
     assert shipped.record["outputs_db"] is None or shipped.record["outputs_db"] > AS_WRITTEN
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "litert", "openvino"])
+@pytest.mark.parametrize("granularity", ["global", "tensor"])
+def test_one_scale_for_a_layer_or_for_all(target: str, granularity: str) -> None:
+    x = images(4)
+    weights = {"format": "int4", "granularity": granularity}
+    shipped = ship(prepare(net(), [x], target, weights=weights), x)
+    assert not shipped.inspection.missed and shipped.record["exact_share"] == 1.0
+
+
 @pytest.mark.parametrize("target", ["onnxruntime", "litert", "openvino", "executorch"])
 def test_what_no_byte_holds_around_0_is_refused_before_any_work(target: str) -> None:
     with pytest.raises(TargetError, match=r"no kernels for uint8 weights .* exceeds the integers -128 … 127"):

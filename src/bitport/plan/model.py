@@ -128,6 +128,10 @@ class Plan:
         owner = self.node(node.absorbed_by) if node.absorbed_by is not None else node
         return owner.kernel is not None and owner.mode is None
 
+    def stored_name(self, tie: str, tensor: str) -> str:
+        """What a weight is called in a model file: its tie, which several may share."""
+        return f"{tie}: {tensor}" if len(self.ties[tie].members) > 1 else tie
+
     def tie_of(self, producer: str) -> str | None:
         """The tie that a producer's integers leave with (None: float only)."""
         return self._produced().get(producer)

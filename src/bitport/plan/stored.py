@@ -54,9 +54,7 @@ class StoredWeights:
         self.graph, self.plan, self.buffer, self.call = graph, plan, buffer, call
 
     def name(self, tie_name: str, tensor: str) -> str:
-        """The name of a weight in the file: its tie, which several may share."""
-        shared = len(self.plan.ties[tie_name].members) > 1
-        return f"{tie_name}: {first_name(self.graph, tensor)}" if shared else tie_name
+        return self.plan.stored_name(tie_name, first_name(self.graph, tensor))
 
     def stored(self, name: str, codes: Tensor, fmt: Format) -> fx.Node:
         """Codes as a buffer of their own width: of a type that torch has, or as a bit stream."""

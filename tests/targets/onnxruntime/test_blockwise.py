@@ -80,7 +80,9 @@ def assert_stored(ran: Ran, cases: Sequence[Case], width: int) -> None:
         assert ran.stored[name] == {"bits": case.bits, "shape": [case.rows, width]}
 
 
-@pytest.mark.parametrize("width", [1, 17, 33, 96])
+@pytest.mark.parametrize(
+    "width", [pytest.param(1, marks=pytest.mark.slow), 17, pytest.param(33, marks=pytest.mark.slow), 96]
+)
 @pytest.mark.parametrize("level", [0, 4])
 def test_blockwise_products(width: int, level: int) -> None:
     cases = [

@@ -74,7 +74,7 @@ def _wide(graph: Any, types: dict[int, str], plan: Plan) -> dict[str, str]:
         # XNNPACK's integer convolutions take no nibbles
         least = BYTE if node.mode is None and node.kernel != "FULLY_CONNECTED" else HALF
         promised = next(n for n in (least, BYTE, 2 * BYTE, 4 * BYTE) if width <= n)
-        stored = bits.get(f"{tie}{QUANTIZED}", promised)
+        stored = bits.get(f"{plan.stored_name(tie, edge.producer)}{QUANTIZED}", promised)
         if stored > promised:
             found[edge.consumer] = (
                 f"its weight {edge.producer} takes {stored} bits in the file, not {promised}"

@@ -155,7 +155,7 @@ def _wide_weight(name: str, plan: Plan, stored: _Stored) -> str | None:
     for edge, tie in plan.edges.items():
         if edge.consumer != name or plan.ties[tie].source != "weight":
             continue
-        bits, tensor = plan.ties[tie].format.bits, f"{tie}{QUANTIZED}"
+        bits, tensor = plan.ties[tie].format.bits, f"{plan.stored_name(tie, edge.producer)}{QUANTIZED}"
         count = stored.counts.get(tensor)
         if count is None and bits == BYTE and plan.nodes[name].kernel not in (DECODED, MATMUL_NBITS):
             continue  # int8 of an integer kernel, merged with an equal one

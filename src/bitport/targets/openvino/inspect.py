@@ -64,7 +64,7 @@ def _wide(written: Any, plan: Plan) -> dict[str, str]:
         if plan.ties[tie].source != "weight":
             continue
         promised = stored_bits(plan, edge.consumer, plan.ties[tie].format.bits)
-        stored = bits.get(f"{tie}{QUANTIZED}", promised)
+        stored = bits.get(f"{plan.stored_name(tie, edge.producer)}{QUANTIZED}", promised)
         if stored > promised:
             reason = f"its weight {edge.producer} takes {stored} bits in the file, not {promised}"
             found[edge.consumer] = reason

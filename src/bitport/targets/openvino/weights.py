@@ -49,10 +49,14 @@ def widened(lowered: Lowered, plan: Plan) -> Narrow:
     """Replace bit streams by integers of a type that torch has, and groups by blocks of a matrix's rows, in place."""
     graph, module = lowered.module.graph, lowered.module
     found, biases = Narrow(), set[str]()
-    multiplied = {tie for edge, tie in plan.edges.items() if plan.node(edge.consumer).mode is None}
+    multiplied = {
+        f"{plan.stored_name(tie, edge.producer)}{QUANTIZED}"
+        for edge, tie in plan.edges.items()
+        if plan.node(edge.consumer).mode is None
+    }
     for buffer, (bits, low) in unpacked(module).items():
         label = lowered.names[buffer]
-        if bits <= HALF and label.removesuffix(QUANTIZED).partition(":")[0] not in multiplied:
+        if bits <= HALF and label not in multiplied:
             found.codes[label] = low
     for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype)):
         stored: Any = node.args[0]
