@@ -193,7 +193,7 @@ def _uint4(value: ir.Value, offset: int) -> ir.Value:
     """The constant in that type, shifted."""
     import onnx_ir
 
-    array = _array(value).astype(np.int16) + offset
+    array = np.asarray(_array(value).astype(np.int16) + offset)
     shape = onnx_ir.Shape([int(size) for size in array.shape])
     packed = pack(torch.from_numpy(array), HALF).numpy()
     made = onnx_ir.Value(name=value.name, shape=shape, type=onnx_ir.TensorType(onnx_ir.DataType.UINT4))
