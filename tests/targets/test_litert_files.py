@@ -34,11 +34,22 @@ def packed(model: Any) -> bytes:
     return bytes(builder.Output())
 
 
-def weight(model: Any) -> Any:
-    """The tensor of the convolution's integers."""
+def convolution(model: Any) -> Any:
     (graph,) = model.subgraphs
     (step,) = [step for step in graph.operators if kind_of(model, step) == "CONV_2D"]
-    return graph.tensors[step.inputs[1]]
+    return step
+
+
+def weight(model: Any) -> Any:
+    """The tensor of the convolution's integers."""
+    return model.subgraphs[0].tensors[convolution(model).inputs[1]]
+
+
+def wide(model: Any) -> None:
+    """What the first operator takes and gives: as many numbers, more than can be counted in bytes as floats."""
+    graph = model.subgraphs[0]
+    for index in (*graph.operators[0].inputs, *graph.operators[0].outputs):
+        graph.tensors[index].shape = [1, FULL - 1]
 
 
 def scaled(model: Any, **parts: Any) -> None:
@@ -60,12 +71,12 @@ DAMAGE: dict[str, Callable[[Any], None]] = {
     "an operator of no kind": lambda m: setattr(m.subgraphs[0].operators[0], "opcodeIndex", 9_999),
     "an operator that nobody knows": lambda m: setattr(m.operatorCodes[0], "builtinCode", 9_999),
     "an operator that gives nothing": lambda m: setattr(m.subgraphs[0].operators[0], "outputs", []),
-    "an operator that reads beyond": lambda m: setattr(m.subgraphs[0].operators[0], "inputs", [9_999]),
+    "an operator that reads beyond": lambda m: setattr(convolution(m), "inputs", [9_999]),
     "an output beyond": lambda m: setattr(m.subgraphs[0], "outputs", [9_999]),
     "an axis below 0": lambda m: setattr(weight(m), "shape", [-3, 3, 3, 3]),
     "sizes whose product wraps": lambda m: setattr(weight(m), "shape", [2**30, 2**30, 2**30, 3]),
     "more numbers than there are": lambda m: setattr(weight(m), "shape", [8, 3, 3, 300]),
-    "a tensor too large": lambda m: setattr(m.subgraphs[0].tensors[0], "shape", [1, FULL - 1]),
+    "a tensor too large": wide,
     "a type that isn't": lambda m: setattr(weight(m), "type", 99),
     "more numbers out than in": keeping,
     "a scale of 0": lambda m: scaled(m, scale=np.zeros(8, np.float32)),
