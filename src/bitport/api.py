@@ -26,7 +26,7 @@ from .graph.program import spans
 from .graph.weights import check_weights
 from .metrics import Metric
 from .page import render
-from .plan.retarget import retargeted
+from .plan.retarget import retargeted, saturating
 from .progress import NullProgress, Progress
 from .proof import cost, device, doubts, preflight
 from .proof.measure import Subject, measure, one_sample
@@ -330,7 +330,14 @@ def verify(
             )
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            record = measure(_moved(opened, subject, target, Path(scratch)), judged, chosen, limit, listener)
+            moved = _moved(opened, subject, target, Path(scratch))
+            record = measure(moved, judged, chosen, limit, listener)
+        wide = saturating(moved.plan, moved.target.rules())
+        if wide:
+            notes.append(
+                f"this processor's {target} adds pairs of products in 16 bits, which 8-bit weights can exceed "
+                f"({', '.join(wide[:3])}{' …' if len(wide) > 3 else ''}): compressed for {target} here, they get 7 bits"
+            )
         record["golden"] = None
         record["golden_reason"] = f"the golden outputs are of {opened.target.name}, not of {target}"
     if given:

@@ -135,7 +135,7 @@ class Override(Protocol):
 
 
 WITH_WEIGHTS = (*CONTRACTIONS, "embedding")
-_MODES: Mapping[Mode, str] = {
+MODES: Mapping[Mode, str] = {
     "static": "integer activations",
     "dynamic": "activations quantized while running",
     "weights": "float activations",
@@ -214,12 +214,12 @@ def _check(
     kept = ruleset.weights.get(mode)
     if kept is None:
         raise TargetError(
-            f"{ruleset.name} can't run {_MODES[mode]}; it can run {_listed([_MODES[m] for m in ruleset.weights])}"
+            f"{ruleset.name} can't run {MODES[mode]}; it can run {_listed([MODES[m] for m in ruleset.weights])}"
         )
     objection = kept.objection(weights.for_weights(0))
     if objection is not None:
         raise TargetError(
-            f"{ruleset.name} has no kernels for {weights.format} weights with {_MODES[mode]} ({objection}); "
+            f"{ruleset.name} has no kernels for {weights.format} weights with {MODES[mode]} ({objection}); "
             f"it holds {kept} (or float32)"
         )
 

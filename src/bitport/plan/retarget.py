@@ -7,18 +7,84 @@ from typing import cast
 
 import torch
 
-from ..graph import Graph
-from ..rules import Mode, Ruleset
+from ..errors import TargetError
+from ..graph import Edge, Graph
+from ..graph.reading import producer_name
+from ..rules import Free, Mode, Ruleset
 from .model import NodePlan, Plan, TensorPlan
+from .options import MODES
 
 
 def retargeted(plan: Plan, graph: Graph, rules: Ruleset) -> Plan:
     """What a runtime with other rules would run the plan with.
 
-    An operator that they have no row for keeps its kernel, which the runtime then can't be found to run.
+    An operator that they have no integer kernel for, or one whose kernel wants more integers than the plan has around
+    it, is computed in float, from the same integers.
+
+    Raises TargetError, naming a layer, where the runtime has no kernels for its weights.
     """
+    _check_weights(plan, rules)
     nodes = {name: _renamed(todo, name, graph, rules) for name, todo in plan.nodes.items()}
+    for name, todo in plan.nodes.items():
+        reason = _objection(todo, name, plan, graph, rules)
+        if reason is not None:
+            nodes[name] = NodePlan(reason=reason, role=todo.role)
+            if todo.absorbs is not None:
+                nodes[todo.absorbs] = NodePlan(reason=reason)
     return replace(plan, target=rules.name, nodes=nodes)
+
+
+def saturating(plan: Plan, rules: Ruleset) -> list[str]:
+    """Layers whose weights are so large that sums of products could saturate on this processor."""
+    limit = rules.weight_limit
+    return [] if limit is None else [
+        edge.consumer
+        for edge, tie in plan.edges.items()
+        if plan.ties[tie].source == "weight"
+        and plan.node(edge.consumer).kernel is not None
+        and plan.node(edge.consumer).mode != "weights"
+        and plan.ties[tie].format.high > limit
+    ]  # fmt: skip
+
+
+def _check_weights(plan: Plan, rules: Ruleset) -> None:
+    for edge, tie in plan.edges.items():
+        todo, fmt = plan.node(edge.consumer), plan.ties[tie].format
+        if plan.ties[tie].source != "weight" or todo.kernel is None or todo.role == "move":
+            continue
+        mode = cast(Mode, todo.mode or "static")
+        held = rules.weights.get(mode)
+        remedy = f"compress the network for {rules.name}"
+        if held is None:
+            raise TargetError(f"{edge.consumer}: {rules.name} can't run {MODES[mode]}: {remedy}")
+        why = held.objection(fmt)
+        if why is not None:
+            raise TargetError(
+                f"{edge.consumer}: {rules.name} has no kernels for {fmt} weights with {MODES[mode]} ({why}): {remedy}"
+            )
+
+
+def _objection(todo: NodePlan, name: str, plan: Plan, graph: Graph, rules: Ruleset) -> str | None:
+    """Why an integer kernel of these rules can't take what the plan hands to it, or give what is read of it."""
+    if todo.kernel is None or todo.mode is not None or todo.role not in ("compute", "elementwise"):
+        return None
+    node = graph.node(name)
+    op = graph.op(node)
+    row, why = rules.match(graph, node, op, "static")
+    if row is None:
+        return why or rules.reasons.get(op.kind) or f"{rules.name} has no integer kernel for {op.kind}"
+    for slot, operand in enumerate(op.operands):
+        if operand is None or operand.node is None or not isinstance(row.operand(slot), Free):
+            continue
+        read = Edge(producer_name(graph, operand), name, slot) in plan.edges
+        fused = (
+            operand.node.op in ("call_function", "call_module") and graph.op(operand.node).kind in row.fuses
+        )
+        if not read and not fused:
+            return f"{rules.name} takes integers alone, and the plan has operand {slot} as floats"
+    if not row.float_output and plan.tie_of(todo.absorbs or name) is None:
+        return f"{rules.name} has no {row.kernel} from integers to floats, and the plan leaves its result as floats"
+    return None
 
 
 def with_signed_weights(plan: Plan) -> Plan:
