@@ -304,7 +304,7 @@ MUTATIONS = (
     Mutation(
         "formats are those that the runtime holds",
         "plan/options.py",
-        "        objection = held.objection(fmt)\n",
+        "        objection = held.objection(options.for_activations())\n",
         "        objection = None\n",
         _DECIDE + "test_formats_that_the_target_can_not_hold_are_refused",
     ),

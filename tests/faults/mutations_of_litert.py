@@ -73,10 +73,17 @@ MUTATIONS = (
         _TESTS + "test_a_weight_that_is_wide_in_the_file_is_told",
     ),
     Mutation(
-        "narrow integers without a scale aren't handed to LiteRT's arithmetic",
-        "targets/litert/elementwise.py",
-        "    if dtype in NARROW and not call.integer:\n",
+        "numbers of a type that LiteRT hasn't are refused by name",
+        "targets/litert/_build.py",
+        "    if dtype not in TYPES:\n",
         "    if False:\n",
         _TESTS + "test_what_it_would_compute_wrongly_is_refused",
+    ),
+    Mutation(
+        "weights that another runtime has no kernels for are refused by name",
+        "plan/retarget.py",
+        "        if why is not None:\n",
+        "        if False:\n",
+        "tests/targets/test_every_runtime.py::test_weights_that_another_runtime_has_no_kernels_for_are_named",
     ),
 )

@@ -46,10 +46,10 @@ def weight(model: Any) -> Any:
 
 
 def wide(model: Any) -> None:
-    """What the first operator takes and gives: as many numbers, more than can be counted in bytes as floats."""
-    graph = model.subgraphs[0]
-    for index in (*graph.operators[0].inputs, *graph.operators[0].outputs):
-        graph.tensors[index].shape = [1, FULL - 1]
+    """As many numbers everywhere, more than can be counted in bytes as floats."""
+    for tensor in model.subgraphs[0].tensors:
+        if model.buffers[tensor.buffer].data is None:
+            tensor.shape = [1, FULL - 1]
 
 
 def scaled(model: Any, **parts: Any) -> None:
