@@ -1,4 +1,4 @@
-"""Weights of every width and range, on every runtime: computed as planned, or refused before any work."""
+"""Weights and activations of any width and range, on every runtime: computed as planned, or refused beforehand."""
 
 from __future__ import annotations
 
@@ -42,6 +42,22 @@ def test_weights_of_any_format(target: str, mode: str, name: str) -> None:
     shipped = ship(prepare(net(), [x], target, weights={"format": name}, activations=MODES[mode]), x)
     assert not shipped.inspection.missed
     assert shipped.record["exact_share"] in (None, 1.0)  # None: nothing is integers
+    assert shipped.record["outputs_db"] is None or shipped.record["outputs_db"] > AS_WRITTEN
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        pytest.param(target, name, marks=[pytest.mark.slow] * (name in RARELY or target == "executorch"))
+        for target in ("onnxruntime", "litert", "openvino", "executorch")
+        for name in (*OFTEN, *RARELY, "int8 symmetric")
+    ],
+)
+def test_activations_of_any_format(target: str, name: str) -> None:
+    x = images(4)
+    shipped = ship(prepare(net(), [x], target, activations={"format": name, "elsewhere": name}), x)
+    assert not shipped.inspection.missed
+    assert shipped.record["exact_share"] == 1.0
     assert shipped.record["outputs_db"] is None or shipped.record["outputs_db"] > AS_WRITTEN
 
 
