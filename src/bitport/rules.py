@@ -67,6 +67,11 @@ Constraint = Free | Ranged | Weight | Fixed | Shared | Derived | None
 # static: integers in, integers out, ranges from calibration data. dynamic: float in and out, ranges taken while
 # running. weights: weights alone are stored narrow.
 Mode = Literal["static", "dynamic", "weights"]
+MODES: Mapping[Mode, str] = {
+    "static": "integer activations",
+    "dynamic": "activations quantized while running",
+    "weights": "float activations",
+}
 # A float kernel whose weights are stored narrow and decoded when the file is loaded.
 DECODED = "decoded"
 Role = Literal["compute", "elementwise", "move"]
@@ -202,6 +207,21 @@ class Ruleset:
     def computes(self, kind: str) -> bool:
         """Whether there is an integer kernel for a kind of operator, conditions aside."""
         return any(kind in row.kinds and row.role == "compute" and row.mode == "static" for row in self.rows)
+
+    def weights_objection(self, fmt: Format, mode: Mode, called: str) -> str | None:
+        """Why no kernel multiplies by weights of a format, which the user calls so; or None."""
+        held = self.weights.get(mode)
+        if held is None:
+            return (
+                f"{self.name} can't run {MODES[mode]}; it can run {', '.join(MODES[m] for m in self.weights)}"
+            )
+        objection = held.objection(fmt)
+        if objection is None:
+            return None
+        return (
+            f"{self.name} has no kernels for {called} weights with {MODES[mode]} ({objection}); it holds {held} "
+            "(or float32)"
+        )
 
     def match(
         self, graph: Graph, node: torch.fx.Node, op: Op, mode: Mode = "static", weights: Format | None = None

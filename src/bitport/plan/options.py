@@ -135,12 +135,6 @@ class Override(Protocol):
 
 
 WITH_WEIGHTS = (*CONTRACTIONS, "embedding")
-MODES: Mapping[Mode, str] = {
-    "static": "integer activations",
-    "dynamic": "activations quantized while running",
-    "weights": "float activations",
-}
-
 LONGEST_NAME = 200  # of a pattern, what is looked at for a suggestion: it takes quadratic time
 
 PerNode = dict[torch.fx.Node, TensorOptions]
@@ -211,17 +205,9 @@ def _check(
     if weights.is_float or graph.op(node).kind not in WITH_WEIGHTS:
         return
     mode = mode_of(weights, activations)
-    kept = ruleset.weights.get(mode)
-    if kept is None:
-        raise TargetError(
-            f"{ruleset.name} can't run {MODES[mode]}; it can run {_listed([MODES[m] for m in ruleset.weights])}"
-        )
-    objection = kept.objection(weights.for_weights(0))
-    if objection is not None:
-        raise TargetError(
-            f"{ruleset.name} has no kernels for {weights.format} weights with {MODES[mode]} ({objection}); "
-            f"it holds {kept} (or float32)"
-        )
+    why = ruleset.weights_objection(weights.for_weights(0), mode, weights.format)
+    if why is not None:
+        raise TargetError(why)
 
 
 def _listed(items: list[str]) -> str:

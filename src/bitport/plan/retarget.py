@@ -12,7 +12,6 @@ from ..graph import Edge, Graph
 from ..graph.reading import producer_name
 from ..rules import Free, Mode, Ruleset
 from .model import NodePlan, Plan, TensorPlan
-from .options import MODES
 
 
 def retargeted(plan: Plan, graph: Graph, rules: Ruleset) -> Plan:
@@ -52,16 +51,9 @@ def _check_weights(plan: Plan, rules: Ruleset) -> None:
         todo, fmt = plan.node(edge.consumer), plan.ties[tie].format
         if plan.ties[tie].source != "weight" or todo.kernel is None or todo.role == "move":
             continue
-        mode = cast(Mode, todo.mode or "static")
-        held = rules.weights.get(mode)
-        remedy = f"compress the network for {rules.name}"
-        if held is None:
-            raise TargetError(f"{edge.consumer}: {rules.name} can't run {MODES[mode]}: {remedy}")
-        why = held.objection(fmt)
+        why = rules.weights_objection(fmt, cast(Mode, todo.mode or "static"), str(fmt))
         if why is not None:
-            raise TargetError(
-                f"{edge.consumer}: {rules.name} has no kernels for {fmt} weights with {MODES[mode]} ({why}): {remedy}"
-            )
+            raise TargetError(f"{edge.consumer}: {why}: compress the network for {rules.name}")
 
 
 def _objection(todo: NodePlan, name: str, plan: Plan, graph: Graph, rules: Ruleset) -> str | None:
