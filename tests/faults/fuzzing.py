@@ -16,14 +16,16 @@ LONGEST = 5000  # characters that an error says
 MEMORY = 12 * 2**30  # of addresses, of which torch maps several GB
 
 
-def fuzz(seconds: float, damage: Callable[[], object], read: Callable[[], object]) -> None:
+def fuzz(
+    seconds: float, damage: Callable[[], object], read: Callable[[], object], hang: float = HANG
+) -> None:
     """Tell how many were read and how many refused; any other error, a hang or a crash ends the process."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     loaded = refused = 0
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         damage()
-        faulthandler.dump_traceback_later(HANG, exit=True)
+        faulthandler.dump_traceback_later(hang, exit=True)
         said = 1
         try:
             read()

@@ -22,6 +22,27 @@ MUTATIONS = (
         _TESTS + "test_inputs_of_another_shape",
     ),
     Mutation(
+        "a file that this process didn't write is tried in another",
+        "targets/_trial.py",
+        "    if digest in _known:\n",
+        "    if True:\n",
+        "tests/targets/test_trial.py::test_once_for_the_same_bytes",
+    ),
+    Mutation(
+        "a .pte from elsewhere is tried before ExecuTorch reads it",
+        "targets/executorch/_target.py",
+        '        _trial.tried(path, PROBE, {}, "ExecuTorch")\n',
+        "",
+        _TESTS + "test_a_file_that_ends_the_process_ends_another_one",
+    ),
+    Mutation(
+        "what a .pte doesn't tell of itself isn't looked up",
+        "targets/executorch/_target.py",
+        '    if not whole or not all(map(_is_input, note["inputs"])):\n',
+        "    if False:\n",
+        _TESTS + "test_a_note_that_bitport_did_not_write",
+    ),
+    Mutation(
         "integers narrower than 8 bits are clamped, which XNNPACK would leave out",
         "targets/executorch/decomposed.py",
         "        if (low, high) == (LOW, HIGH):\n",

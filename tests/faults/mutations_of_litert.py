@@ -45,10 +45,10 @@ MUTATIONS = (
         _FILES,
     ),
     Mutation(
-        "a .tflite from elsewhere is tried in a process of its own first",
+        "a .tflite from elsewhere is tried before LiteRT reads it",
         "targets/litert/_target.py",
-        "        if digest in _trusted:\n",
-        "        if True:\n",
+        '        _trial.tried(folder / self.model_file, PROBE, {"kernels": self.options["kernels"]}, "LiteRT")\n',
+        "",
         _TESTS + "test_a_file_that_ends_the_process_ends_another_one",
     ),
     Mutation(

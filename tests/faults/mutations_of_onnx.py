@@ -1,4 +1,4 @@
-"""Guards of the ONNX front end, as `mutations.py` has them."""
+"""Guards of ONNX files, read in or run, as `mutations.py` has them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from .mutations import Mutation
 _FILE = "frontends/onnx/_external.py"
 _READER = "frontends/onnx/_reading.py"
 _READING = "tests/frontends/onnx/test_reading.py::"
+_FORGED = "tests/targets/onnxruntime/test_forged.py::"
 
 MUTATIONS = (
     Mutation(
@@ -57,5 +58,26 @@ MUTATIONS = (
         "        if missing:\n",
         "        if False:\n",
         _READING + "test_graphs_that_are_none",
+    ),
+    Mutation(
+        "names of a model file are text",
+        "targets/onnxruntime/inspect.py",
+        "        if not isinstance(name, str):",
+        "        if False:",
+        _FORGED + "test_a_name_that_is_no_text",
+    ),
+    Mutation(
+        "integer ends of a model file are described whole",
+        "targets/onnxruntime/ends.py",
+        "        if not isinstance(end, dict) or {key: type(value) for key, value in end.items()} != FIELDS:\n",
+        "        if False:\n",
+        _FORGED + "test_metadata_of_ends",
+    ),
+    Mutation(
+        "notes of a model file about its weights are shapes",
+        "targets/onnxruntime/inspect.py",
+        '        if not all(isinstance(note, dict) and _is_shape(note.get("shape")) for note in notes.values()):\n',
+        "        if False:\n",
+        _FORGED + "test_metadata_of_weights",
     ),
 )

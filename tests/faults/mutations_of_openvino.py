@@ -56,4 +56,11 @@ MUTATIONS = (
         "",
         "tests/targets/test_every_runtime.py::test_without_the_package",
     ),
+    Mutation(
+        "what OpenVINO says of a damaged file is told by inspect, too",
+        "targets/openvino/_target.py",
+        "        with self._reading():\n            written = _core()",
+        "        if True:\n            written = _core()",
+        _TESTS + "test_a_forged_file_is_refused",
+    ),
 )

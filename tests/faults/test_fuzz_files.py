@@ -9,15 +9,36 @@ from pathlib import Path
 
 import pytest
 
+LONG = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 
 @pytest.mark.parametrize("kind", ["onnx", "keras", "tflite"])
-@pytest.mark.parametrize(
-    ("seed", "seconds"), [(0, 10), pytest.param(1, 240, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
-)
+@pytest.mark.parametrize(("seed", "seconds"), [(0, 10), pytest.param(1, 240, marks=LONG)])
 def test_whatever_happens_to_a_file_is_told(kind: str, seed: int, seconds: int, tmp_path: Path) -> None:
+    fuzzed(kind, tmp_path, seed, seconds)
+
+
+@pytest.mark.parametrize(
+    ("target", "seed", "seconds"),
+    [
+        ("onnxruntime", 0, 10),
+        ("openvino", 0, 10),
+        *(
+            pytest.param(name, 1, 240, marks=LONG)
+            for name in ("onnxruntime", "openvino", "litert", "executorch")
+        ),
+    ],
+)
+def test_whatever_happens_to_a_model_file_is_told(
+    target: str, seed: int, seconds: int, tmp_path: Path
+) -> None:
+    fuzzed("artifact", tmp_path, seed, seconds, target)
+
+
+def fuzzed(kind: str, folder: Path, seed: int, seconds: int, *more: str) -> None:
     command = [sys.executable, "-W", "ignore", "-m", f"tests.faults.fuzzing_{kind}"]
     done = subprocess.run(
-        [*command, str(tmp_path), str(seed), str(seconds)],
+        [*command, str(folder), str(seed), str(seconds), *more],
         capture_output=True,
         text=True,
         timeout=seconds + 120,

@@ -20,6 +20,7 @@ from bitport.errors import ExportError, RecipeError, TargetError
 from bitport.plan import Plan
 from bitport.proof.integer import integer_record
 from bitport.recipe import StepSpec
+from bitport.targets import _trial
 from bitport.targets.litert import LiteRt, _target
 
 FLOAT = {"format": "float32"}
@@ -333,7 +334,7 @@ def test_a_file_that_ends_the_process_ends_another_one(
     prepared.target.export(prepared.work, prepared.plan, tmp_path)
     monkeypatch.setattr(_target, "PROBE", f"{__name__}:end")
     prepared.target.open(tmp_path)  # written here: not tried
-    monkeypatch.setattr(_target, "_trusted", set[str]())
+    monkeypatch.setattr(_trial, "_known", set[str]())
     with pytest.raises(
         TargetError, match=r"LiteRT can't run model.tflite: .* signal 11 .*; make the artifact"
     ):
@@ -343,7 +344,7 @@ def test_a_file_that_ends_the_process_ends_another_one(
 def test_a_file_from_elsewhere_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = prepare(digits(), [images(4)], "litert")
     prepared.target.export(prepared.work, prepared.plan, tmp_path)
-    monkeypatch.setattr(_target, "_trusted", set[str]())
+    monkeypatch.setattr(_trial, "_known", set[str]())
     x = images(3)
     (first,) = prepared.target.open(tmp_path).run((x,))
     monkeypatch.setattr(_target, "PROBE", f"{__name__}:end")

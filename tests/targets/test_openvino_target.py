@@ -295,8 +295,24 @@ def test_a_damaged_file(damage: Callable[[bytes], bytes], tmp_path: Path) -> Non
     prepared.target.export(prepared.work, prepared.plan, tmp_path)
     path = tmp_path / "model.xml"
     path.write_bytes(damage(path.read_bytes()))
+    for read in (prepared.target.open, lambda folder: prepared.target.inspect(folder, prepared.plan)):
+        with pytest.raises(TargetError, match=r"can't load model\.xml"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b.replace(b"<bitport>", b"<other>").replace(b"</bitport>", b"</other>"),
+    lambda b: b.replace(b"rt_info", b"rt_\xff", 1),
+])  # fmt: skip
+def test_a_forged_file_is_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    prepared = prepare(digits(), [images(8)], "openvino")
+    prepared.target.export(prepared.work, prepared.plan, tmp_path)
+    path = tmp_path / "model.xml"
+    honest = path.read_bytes()
+    path.write_bytes(damage(honest))
+    assert path.read_bytes() != honest
     with pytest.raises(TargetError, match=r"can't load model\.xml"):
-        prepared.target.open(tmp_path)
+        prepared.target.inspect(tmp_path, prepared.plan)
 
 
 def test_inputs_of_another_shape(tmp_path: Path) -> None:

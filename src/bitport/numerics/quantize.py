@@ -112,14 +112,19 @@ def qparams(minimum: Tensor, maximum: Tensor, fmt: Format) -> tuple[Tensor, Tens
         FormatError: `fmt` is a float format.
         DataError: an end isn't finite, or minimum > maximum.
     """
-    if not fmt.is_int:
-        raise FormatError(f"{fmt} has no scale and no zero point: give an integer format, such as int8")
     lower, upper = minimum.detach().double(), maximum.detach().double()
     if not bool((torch.isfinite(lower) & torch.isfinite(upper) & (lower <= upper)).all()):
         raise DataError(
             f"range [{_short(lower)}, {_short(upper)}] can't be quantized: both ends must be finite and in "
             "order; look for NaN or infinite activations"
         )
+    return qparams_of_finite(lower, upper, fmt)
+
+
+def qparams_of_finite(lower: Tensor, upper: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """`qparams` of float64 ends that are known to be finite and in order: looking takes half of its time."""
+    if not fmt.is_int:
+        raise FormatError(f"{fmt} has no scale and no zero point: give an integer format, such as int8")
     lower, upper = lower.clamp(max=0.0), upper.clamp(min=0.0)
     low, high = fmt.low, fmt.high
     if fmt.symmetric:

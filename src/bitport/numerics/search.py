@@ -16,7 +16,7 @@ from torch import Tensor
 from bitport.formats import Format
 from bitport.numerics.estimators import estimator, for_weights
 from bitport.numerics.histogram import Histogram
-from bitport.numerics.quantize import qparams
+from bitport.numerics.quantize import qparams_of_finite
 
 # Maps the candidate ends of the range, [R] each, to the error of each row, [R].
 Errors = Callable[[Tensor, Tensor], Tensor]
@@ -26,7 +26,7 @@ _BLOCK = 2**18
 # A narrower range must gain at least this share of the error, so that rounding noise never narrows one.
 _GAIN = 1 - 1e-6
 # A range narrower than the best that errs so many times as much cuts off too much; one narrower still cuts off more.
-_HOPELESS = 4
+_HOPELESS = 1.5
 
 
 @estimator
@@ -71,10 +71,10 @@ def squared_errors(
     """Σ (w − dequantize(quantize(w)))² of each row stored with its range; float64 [R].
 
     Args:
-        w_RV: float32, without NaN, so that the plain formula does. low, high: [R]. fmt: an integer format.
+        w_RV: float32, without NaN, so that the plain formula does. low, high: [R], finite. fmt: an integer format.
         scratch: two tensors like w_RV to compute in.
     """
-    scale, zero_point = qparams(low, high, fmt)
+    scale, zero_point = qparams_of_finite(low.double(), high.double(), fmt)
     offset = zero_point.float()[:, None]
     t, off = scratch or (torch.empty_like(w_RV), torch.empty_like(w_RV))
     # in units of the scale, so that no square overflows; float32 sums err by far less than a range must gain
@@ -100,7 +100,7 @@ def search(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[
 
     The extremes, widened to include 0, are multiplied by factors ≤ 1 from a ladder: linear down to ½, then
     2^-½ a step down to 2^-10. First both by the same one; then, unless the format is symmetric or the values
-    have one sign, each end by its own; then the grid is refined around the best in steps of 2^¼ to 2^1/128.
+    have one sign, each end by its own; then the grid is refined around the best in steps of 2^⅛ to 2^1/128.
     An end at 0 stays there. A row leaves a ladder where it errs many times its least. Every range is compared by
     `errors`, the full one among them, and the best is kept; a row's result depends on no other row.
 
@@ -135,7 +135,7 @@ def search(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[
 
     octaves = [2.0 ** (-1 - step / 2) for step in range(1, 19)]
     ladders = [("both", [1 - step / 32 for step in range(1, 17)])]
-    ladders += [(end, [1 - step / 16 for step in range(9)]) for end in "aba"]
+    ladders += [(end, [1 - step / 16 for step in range(9)]) for end in "ab"]
     for end, factors in ladders:
         alive = everywhere if end == "both" else two_ends
         for factor in factors + octaves:
@@ -143,7 +143,7 @@ def search(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[
                 break
             a = best_a if end == "b" else one * factor
             alive = attempt(a, best_b if end == "a" else one * factor, alive)
-    for octave in (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128):
+    for octave in (1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128):
         step = 2.0**octave
         for factor in (step, 1 / step):
             attempt(best_a * factor, best_b * factor, everywhere)
@@ -159,7 +159,7 @@ def _histogram_error(edges: Tensor, counts: Tensor, low: Tensor, high: Tensor, f
     In units of the scale, with n(t) = clamp(rne(t)) the code next to t, ∫(t − n(t))² dt from 0 is
     n/12 + (t − n)³/3: each whole cell adds 1/12. The error of a bin is the integral's mean over the bin.
     """
-    scale, zero_point = qparams(low, high, fmt)
+    scale, zero_point = qparams_of_finite(low.double(), high.double(), fmt)
     offset = zero_point.double()
     t = edges / scale.double()
     nearest = t.round().clamp(fmt.low - offset, fmt.high - offset)

@@ -363,6 +363,8 @@ import importlib, json
 from pathlib import Path
 import torch
 from bitport import registry
+from bitport.targets import _trial
+_trial.expendable()
 name, options, folder, shapes, modules = arguments
 target = registry.get("targets", name).TARGET(json.loads(options))
 for module in json.loads(modules):

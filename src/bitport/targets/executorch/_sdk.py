@@ -52,11 +52,14 @@ def muted() -> Iterator[None]:
 
 
 def runtime() -> ModuleType:
-    """Its Python runtime, with the operators that read and write 8-bit integers."""
+    """Its Python runtime, with the operators that read and write 8-bit integers.
+
+    What `portable_lib` has it from: that one imports the exporter as well, for its warnings, which takes five seconds.
+    """
     with quiet(), muted():
-        from executorch.extension.pybindings import portable_lib
+        import executorch.extension.pybindings._C as module
         from executorch.kernels import quantized
 
         assert quantized is not None  # imported for what it registers
-    module: ModuleType = portable_lib
-    return module
+    found: ModuleType = module
+    return found

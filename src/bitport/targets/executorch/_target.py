@@ -19,6 +19,7 @@ from ...graph import Graph
 from ...plan import Plan
 from ...rules import Ruleset
 from ...simulate import Arithmetic
+from .. import _trial
 from .._base import Inspection, Session, Target
 from .._xnnpack import quantize
 from ._sdk import PACKAGE, muted, quiet, runtime
@@ -26,6 +27,9 @@ from .arithmetic import KERNELS
 from .export import NOTE, export_model
 from .inspect import FORWARD, inspected
 from .table import ruleset
+
+PROBE = "bitport.targets.executorch._probe:probe"
+NOTES = {"inputs": list, "taps": list, "batch": int | None, "delegated": dict, "left": dict}
 
 
 class ExecuTorch(Target):
@@ -61,30 +65,38 @@ class ExecuTorch(Target):
     def _export(self, graph: Graph, plan: Plan, folder: Path, *, taps: bool = False) -> None:
         runtime()  # told before any work where it isn't there
         sizes = {name: self.options[name] for name in ("batch", "length")}
-        export_model(graph, plan, folder / self.model_file, **sizes, taps=taps)
+        path = folder / self.model_file
+        export_model(graph, plan, path, **sizes, taps=taps)
+        _trial.written(path)
 
     def open(self, folder: Path, *, taps: bool = False, optimize: bool = True) -> Session:
-        return _EtSession(folder / self.model_file, self.options["threads"])
+        return self._opened(folder / self.model_file)
 
     def inspect(self, folder: Path, plan: Plan, *, taps: bool = False) -> Inspection:
         path = folder / self.model_file
-        note = _EtSession(path, self.options["threads"]).note
+        note = self._opened(path).note
         with quiet():
             return inspected(path.read_bytes(), note, plan)
 
+    def _opened(self, path: Path) -> EtSession:
+        runtime()  # told before any trial where it isn't there
+        _trial.tried(path, PROBE, {}, "ExecuTorch")
+        return EtSession(path, self.options["threads"])
 
-_sessions: weakref.WeakSet[_EtSession] = weakref.WeakSet()
+
+_sessions: weakref.WeakSet[EtSession] = weakref.WeakSet()
 
 
-class _EtSession(Session):
+class EtSession(Session):
     def __init__(self, path: Path, threads: int) -> None:
         module = runtime()
         try:
             with muted():
                 _use_threads(module, threads)
                 # as bytes a path needs not be Unicode
-                self.program = module._load_program(os.fsencode(path))
-                self.note: Mapping[str, Any] = json.loads(self.program.load_method(NOTE)([])[0])
+                checked = module.Verification.InternalConsistency
+                self.program = module._load_program(os.fsencode(path), program_verification=checked)
+                self.note = _read_note(self.program.load_method(NOTE)([])[0])
                 self.method = self.program.load_method(FORWARD)
         except (RuntimeError, ValueError) as error:
             raise TargetError(f"ExecuTorch can't load {path.name}: {first_line(error)}") from error
@@ -122,6 +134,27 @@ class _EtSession(Session):
                 return tuple(self.method(fed))
         except RuntimeError as error:
             raise TargetError(f"ExecuTorch failed while running: {first_line(error)}") from error
+
+
+def _read_note(text: Any) -> Mapping[str, Any]:
+    """What the exporter left in the file. Raises ValueError where anything is missing."""
+    note: dict[str, Any] = json.loads(text if isinstance(text, str) else "null")
+    whole = isinstance(note, dict) and all(
+        key in note and isinstance(note[key], kind) for key, kind in NOTES.items()
+    )
+    if not whole or not all(map(_is_input, note["inputs"])):
+        raise ValueError(f"its method {NOTE!r} doesn't tell what bitport's exporter wrote there")
+    return note
+
+
+def _is_input(entry: Any) -> bool:
+    """Name, sizes (null: open), and how large an open one may get."""
+    return (
+        isinstance(entry, list)
+        and [type(part) for part in entry] == [str, list, list]
+        and len(entry[1]) == len(entry[2])
+        and all(size is None or type(size) is int for size in entry[1] + entry[2])
+    )
 
 
 def _fitting(value: Tensor, name: str, sizes: Sequence[int | None], largest: Sequence[int | None]) -> Tensor:

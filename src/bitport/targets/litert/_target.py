@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...apart import apart
-from ...errors import LoadError, MissingDependency, RecipeError, TargetError, first_line
+from ...errors import MissingDependency, RecipeError, TargetError, first_line
 from ...graph import Graph
 from ...plan import Plan
 from ...plan.lower import QUANTIZED
 from ...rules import Ruleset
 from ...simulate import Arithmetic
+from .. import _trial
 from .._base import Inspection, Session, Target, as_array
 from .._runner import dequantize, quantize
 from . import reference, xnnpack
@@ -30,7 +28,6 @@ from .reading import channels_last, read_model, with_outputs
 from .table import ruleset
 
 PROBE = "bitport.targets.litert._probe:probe"
-PROBE_SECONDS = 120.0
 KERNELS = {"xnnpack": xnnpack.ARITHMETIC, "reference": reference.ARITHMETIC}
 
 
@@ -57,14 +54,14 @@ class LiteRt(Target):
 
     def export(self, graph: Graph, plan: Plan, folder: Path) -> None:
         integer_io = self.options["io"] == "integer" and plan.quantized
-        content = export_model(graph, plan, integer_io=integer_io)
-        (folder / self.model_file).write_bytes(content)
-        _trusted.add(hashlib.sha256(content).hexdigest())
+        path = folder / self.model_file
+        path.write_bytes(export_model(graph, plan, integer_io=integer_io))
+        _trial.written(path)
 
     def open(self, folder: Path, *, taps: bool = False, optimize: bool = True) -> Session:
         content = (folder / self.model_file).read_bytes()
         model = read_model(content, self.model_file)
-        self._try(folder / self.model_file, hashlib.sha256(content).hexdigest())
+        _trial.tried(folder / self.model_file, PROBE, {"kernels": self.options["kernels"]}, "LiteRT")
         names: list[str] = []
         if taps:
             content, names = with_outputs(model, QUANTIZED)
@@ -77,26 +74,9 @@ class LiteRt(Target):
         except (RuntimeError, ValueError) as error:
             raise TargetError(f"LiteRT can't load {self.model_file}: {first_line(error)}") from error
 
-    def _try(self, path: Path, digest: str) -> None:
-        """A file that this process didn't write is run once in another. Raises TargetError where that one dies."""
-        if digest in _trusted:
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            options = {"path": str(path.absolute()), "kernels": self.options["kernels"]}
-            try:
-                apart(PROBE, options, Path(scratch), timeout=PROBE_SECONDS)
-            except LoadError as error:
-                raise TargetError(
-                    f"LiteRT can't run {self.model_file}: {error}; make the artifact again"
-                ) from error
-        _trusted.add(digest)
-
     def inspect(self, folder: Path, plan: Plan, *, taps: bool = False) -> Inspection:
         content = (folder / self.model_file).read_bytes()
         return inspected(read_model(content, self.model_file), plan)
-
-
-_trusted: set[str] = set()  # digests of files that were written here, or run without harm
 
 
 class _Session(Session):

@@ -26,7 +26,7 @@ from .arithmetic import FLOAT_OPS, KERNELS
 from .blockwise import LEVELS, ROUNDS_ACTIVATIONS
 from .ends import read_ends
 from .export import export_model
-from .inspect import inspected
+from .inspect import inspected, read_model
 from .table import ruleset
 
 OPSETS = range(18, 24)
@@ -83,16 +83,20 @@ class OnnxRuntime(Target):
         )
 
     def open(self, folder: Path, *, taps: bool = False, optimize: bool = True) -> Session:
-        return _OrtSession(self._session(folder / self.model_file, taps=taps, optimize=optimize))
+        session = self._session(folder / self.model_file, taps=taps, optimize=optimize)
+        try:
+            return _OrtSession(session)
+        except UnicodeError as error:
+            raise TargetError(
+                f"{self.model_file} holds a name that is no text: make the artifact again"
+            ) from error
 
     def inspect(self, folder: Path, plan: Plan, *, taps: bool = False) -> Inspection:
-        import onnx
-
         with tempfile.TemporaryDirectory() as scratch:
             dump = Path(scratch) / "optimized.onnx"
             self._session(folder / self.model_file, taps=taps, dump=dump)
-            nodes = onnx.load(dump, load_external_data=False).graph.node
-        return inspected(nodes, onnx.load(folder / self.model_file, load_external_data=False), plan)
+            nodes = read_model(dump).graph.node
+        return inspected(nodes, read_model(folder / self.model_file), plan)
 
     def _session(
         self, path: Path, *, taps: bool = False, optimize: bool = True, dump: Path | None = None
@@ -145,7 +149,7 @@ def _with_taps(path: Path) -> bytes:
     """
     import onnx
 
-    model = onnx.load(path, load_external_data=False)
+    model = read_model(path)
     for node in model.graph.node:
         if node.op_type in ROUNDING and node.output[0].endswith(QUANTIZED):
             model.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))

@@ -6,13 +6,14 @@ The file's metadata names scale and zero point of each end under `bitport.io` (J
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import ExportError
+from ...errors import ExportError, TargetError
 from ...graph import Graph
 from .._runner import dequantize, quantize
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 KEY = "bitport.io"
+FIELDS = {"producer": str, "scale": float, "zero_point": int, "dtype": str}
+DTYPES = ("uint8", "int8", "uint16", "int16")
+AGAIN = "make the artifact again"
 Array = np.ndarray[Any, Any]
 
 
@@ -46,8 +50,26 @@ class End:
 
 
 def read_ends(metadata: Mapping[str, str]) -> dict[str, End]:
-    """What `integer_ends` wrote; empty for a file with float inputs and outputs."""
-    return {name: End(**fields) for name, fields in json.loads(metadata.get(KEY, "{}")).items()}
+    """What `integer_ends` wrote; empty for a file with float inputs and outputs. Raises TargetError for all else."""
+    found = {}
+    for name, end in noted(metadata, KEY).items():
+        if not isinstance(end, dict) or {key: type(value) for key, value in end.items()} != FIELDS:
+            raise TargetError(f"the file's metadata {KEY!r} don't describe {name!r}: {AGAIN}")
+        if end["dtype"] not in DTYPES or not (math.isfinite(end["scale"]) and end["scale"] > 0):
+            raise TargetError(f"the file's metadata {KEY!r} describe {name!r} as no integers: {AGAIN}")
+        found[name] = End(**end)
+    return found
+
+
+def noted(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """The JSON object under a key of a file's metadata; empty where there is none. Raises TargetError for all else."""
+    try:
+        found = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError, TypeError) as error:  # bytes that are no text, too
+        raise TargetError(f"the file's metadata {key!r} can't be read ({error}): {AGAIN}") from error
+    if not isinstance(found, dict):
+        raise TargetError(f"the file's metadata {key!r} are no JSON object: {AGAIN}")
+    return found
 
 
 def integer_ends(model: ir.Model, graph: Graph) -> None:

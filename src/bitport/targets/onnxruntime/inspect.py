@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...errors import TargetError
 from ...numerics.packing import packed_bytes
 from ...plan import Plan
 from ...plan.lower import BYTE, QUANTIZED
@@ -20,6 +21,7 @@ from .._base import Inspection
 from .._onnx import AGAIN
 from .blockwise import MATMUL_NBITS
 from .decode import KEY
+from .ends import noted
 
 if TYPE_CHECKING:
     import onnx
@@ -34,6 +36,21 @@ ALIASES = {
 }
 # PyTorch's exporter stores constants up to this size once where they are equal, under one of their names.
 SMALL = 1024  # bytes
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """A file without the weights that lie beside it. Raises TargetError for names that are no text."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    names = [name for node in model.graph.node for name in (node.name, node.op_type, *node.output)]
+    names += [initializer.name for initializer in model.graph.initializer]
+    for name in names:
+        if not isinstance(name, str):  # protobuf gives bytes then
+            raise TargetError(
+                f"{path.name} holds a name that is no text ({name[:50]!r}): make the artifact again"
+            )
+    return model
 
 
 def inspected(nodes: Iterable[onnx.NodeProto], written: onnx.ModelProto, plan: Plan) -> Inspection:
@@ -134,19 +151,25 @@ class _Stored:
     """The bytes of each initializer in a written file, and how many codes of a narrow weight they hold."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        notes = {item.key: item.value for item in model.metadata_props}
-        self.counts = {
-            name: math.prod(note["shape"]) for name, note in json.loads(notes.get(KEY, "{}")).items()
-        }
+        notes = noted({item.key: item.value for item in model.metadata_props}, KEY)
+        if not all(isinstance(note, dict) and _is_shape(note.get("shape")) for note in notes.values()):
+            raise TargetError(
+                f"the file's metadata {KEY!r} don't describe its weights: make the artifact again"
+            )
+        self.counts = {name: math.prod(note["shape"]) for name, note in notes.items()}
         self.bytes: Mapping[str, int] = {i.name: _bytes(i) for i in model.graph.initializer}
         for initializer in model.graph.initializer:
             self.counts.setdefault(initializer.name, math.prod(initializer.dims))
 
 
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
 def _bytes(initializer: onnx.TensorProto) -> int:
-    outside: dict[str, Any] = {entry.key: entry.value for entry in initializer.external_data}
-    if "length" in outside:
-        return int(outside["length"])
+    for entry in initializer.external_data:
+        if entry.key == "length" and entry.value.isdecimal():
+            return int(entry.value)
     return len(initializer.raw_data) or initializer.ByteSize()
 
 

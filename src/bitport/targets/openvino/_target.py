@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,19 +75,26 @@ class OpenVino(Target):
         return _OvSession(self._compiled(folder, taps=taps, lowered=optimize))
 
     def inspect(self, folder: Path, plan: Plan, *, taps: bool = False) -> Inspection:
-        written = _core().read_model(folder / self.model_file)
-        return inspected(self._compiled(folder, taps=taps).get_runtime_model(), written, plan)
+        compiled = self._compiled(folder, taps=taps)
+        with self._reading():
+            written = _core().read_model(folder / self.model_file)
+            return inspected(compiled.get_runtime_model(), written, plan)
 
     def _compiled(self, folder: Path, *, taps: bool, lowered: bool = True) -> Any:
         """lowered: to integers; without, integers are rounded floats all the way."""
         core = _core()
         config = settings(self.options["threads"]) | ({} if lowered else {"LP_TRANSFORMS_MODE": "NO"})
-        try:
+        with self._reading():
             model = core.read_model(folder / self.model_file)
             if taps:
                 model.add_outputs([name for name in _tensor_names(model) if name.endswith(QUANTIZED)])
             return core.compile_model(model, "CPU", config)
-        except RuntimeError as error:
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, UnicodeError) as error:  # it quotes what it reads
             raise TargetError(f"OpenVINO can't load {self.model_file}: {_told(error)}") from error
 
 
@@ -108,7 +116,7 @@ def _only_core(make: Callable[[], Any]) -> Any:
     return make()
 
 
-def _told(error: RuntimeError) -> str:
+def _told(error: Exception) -> str:
     """What went wrong: OpenVINO begins with where in its own source."""
     lines = [line.strip(" -") for line in str(error).splitlines()]
     told = [line for line in lines if line and not line.startswith(PREFACES)]

@@ -26,7 +26,8 @@ def inspected(compiled: Any, written: Any, plan: Plan) -> Inspection:
     Args:
         compiled: an `openvino.Model` as `get_runtime_model` gives it. written: the file's.
     """
-    outputs: Mapping[str, str] = written.get_rt_info(MADE_BY).value
+    told = written.get_rt_info(MADE_BY).value
+    outputs: Mapping[str, str] = told if isinstance(told, dict) else {}  # one who forges it names nothing
     kernels: dict[str, list[str]] = {}
     counts: Counter[str] = Counter()
     for node in compiled.get_ordered_ops():
