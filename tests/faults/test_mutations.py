@@ -60,6 +60,7 @@ def test_without_the_guard_its_test_fails(tmp_path: Path, item: Mutation) -> Non
     place.write_text(place.read_text(encoding="utf-8").replace(item.text, item.instead), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     options = ["-q", "-x", "-p", "no:cacheprovider", "--timeout=120", f"--basetemp={tmp_path / 'temporary'}"]
+    options += ["-m", ""]  # slow ones as well
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(copy), *options, item.test], cwd=ROOT, env=environment,
         capture_output=True, text=True, timeout=300, check=False,

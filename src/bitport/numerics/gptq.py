@@ -91,11 +91,12 @@ def solve(
     best = _better(best, first, target_BRK, h_BKK, free)
     if not fmt.is_int:
         return best
-    found = first
+    found, wanted = first, target_BRK @ h_BKK
     for _ in range(rounds):
+        seen = None
         if free:
-            found = _rescaled(found, target_BRK, h_BKK, grid, least)
-        found = _descended(found, target_BRK, h_BKK, grid)
+            found, seen = _rescaled(found, target_BRK, h_BKK, wanted, grid, least)
+        found = _descended(found, target_BRK, h_BKK, wanted, grid, seen)
         best = _better(best, found, target_BRK, h_BKK, free)
     return best
 
@@ -232,9 +233,15 @@ def _blocks(columns: int, groups: Sequence[Span]) -> list[Span]:
     return made
 
 
-def _codes(solution: Solution, fmt: Format, home: Tensor) -> Tensor:
+def _spread(part_BRG: Tensor, home: Tensor) -> Tensor:
+    """What each column has of scales or zero points: float64 [B, R, K], of which G = 1 takes no memory."""
+    part = part_BRG.double()
+    return part.expand(-1, -1, len(home)) if part.shape[2] == 1 else part[:, :, home]
+
+
+def _codes(solution: Solution, home: Tensor) -> Tensor:
     """q − zero_point, float64 [B, R, K]."""
-    return torch.round(solution.values.double() / solution.scale.double()[:, :, home])
+    return torch.round(solution.values.double() / _spread(solution.scale, home))
 
 
 def _home(columns: int, fmt: Format) -> Tensor:
@@ -244,18 +251,22 @@ def _home(columns: int, fmt: Format) -> Tensor:
     return home
 
 
-def _rescaled(solution: Solution, target: Tensor, h: Tensor, grid: Grid, least: Tensor | None) -> Solution:
-    """The scales of least loss for the codes at hand: Σ_g' (v_g H v_g') s_g' = w H v_g, v_g the codes of group g."""
+def _rescaled(
+    solution: Solution, target: Tensor, h: Tensor, wanted: Tensor, grid: Grid, least: Tensor | None
+) -> tuple[Solution, Tensor | None]:
+    """The scales of least loss for the codes at hand: Σ_g' (v_g H v_g') s_g' = w H v_g, v_g the codes of group g.
+
+    wanted: target @ h. Also returns v H [B, R, K] where a row has one scale.
+    """
     fmt, columns = grid.format, target.shape[2]
     home, groups = _home(columns, fmt), spans(columns, fmt)
-    v = _codes(solution, fmt, home)
-    wanted = target @ h
+    v = _codes(solution, home)
     count = len(groups)
     a = torch.zeros((*v.shape[:2], count, count), dtype=torch.float64)
     b = torch.zeros((*v.shape[:2], count), dtype=torch.float64)
     for g, (start, end) in enumerate(groups):
-        seen = (v[:, :, start:end] @ h[:, start:end, :]) * v  # [B, R, K]: v_g H against every column's code
-        a[:, :, g].index_add_(2, home, seen)
+        seen = v[:, :, start:end] @ h[:, start:end, :]  # [B, R, K]: v_g H, for every column's code
+        a[:, :, g].index_add_(2, home, seen * v)
         b[:, :, g] = (wanted[:, :, start:end] * v[:, :, start:end]).sum(2)
     old = solution.scale.double()
     # codes that are all zero say nothing of their scale; a little of the old one keeps the rest in its place
@@ -268,26 +279,25 @@ def _rescaled(solution: Solution, target: Tensor, h: Tensor, grid: Grid, least: 
         found = torch.maximum(found, least.double())
     bottom = max(SMALLEST_SCALE, smallest(fmt.scale))
     scale = stored(found.clamp(min=bottom), fmt.scale, up=False)
-    values = (v * scale.double()[:, :, home]).float()
+    values = (v * _spread(scale, home)).float()
     made = Solution(values, scale, solution.zero_point, loss(target - values.double(), h))
-    return _better(solution, made, target, h, free=True)
+    return _better(solution, made, target, h, free=True), seen if count == 1 else None
 
 
-def _descended(solution: Solution, target: Tensor, h: Tensor, grid: Grid) -> Solution:
-    """Each code in turn at its best with all others as they are; scales stay."""
+def _descended(
+    solution: Solution, target: Tensor, h: Tensor, wanted: Tensor, grid: Grid, seen: Tensor | None
+) -> Solution:
+    """Each code in turn at its best with all others as they are; scales stay.
+
+    wanted: target @ h. seen: what `_rescaled` knows of the codes.
+    """
     fmt, columns = grid.format, target.shape[2]
     home = _home(columns, fmt)
+    codes, spread = _codes(solution, home), _spread(solution.scale, home)
+    rounded = (codes * spread) @ h if seen is None else seen * spread
     # [B, K, R]: a column's numbers lie together
-    scale, zero, v, wanted = (
-        part.transpose(1, 2).contiguous()
-        for part in (
-            solution.scale.double()[:, :, home],
-            solution.zero_point.double()[:, :, home],
-            _codes(solution, fmt, home),
-            target,
-        )
-    )
-    pull = h @ (wanted - v * scale)
+    scale, zero = spread.transpose(1, 2), _spread(solution.zero_point, home).transpose(1, 2)
+    v, pull = (part.transpose(1, 2).contiguous() for part in (codes, wanted - rounded))
     curvature = h.diagonal(dim1=1, dim2=2)[:, :, None] * scale
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
