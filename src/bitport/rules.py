@@ -223,6 +223,20 @@ class Ruleset:
             "(or float32)"
         )
 
+    def activations_objection(self, fmt: Format, called: str, *, dynamic: bool = False) -> str | None:
+        """Why no activations of a format are held, which the user calls so; or None. dynamic: rounded while running."""
+        stored = () if dynamic else self.stored
+        if str(fmt).split()[0] in stored:
+            return None
+        held = self.dynamic if dynamic and self.dynamic else self.activations
+        objection = held.objection(fmt)
+        if objection is None:
+            return None
+        return (
+            f"{self.name} has no integer kernels for {called} activations ({objection}); it holds "
+            f"{', '.join([str(held), *stored])} (or float32)"
+        )
+
     def match(
         self, graph: Graph, node: torch.fx.Node, op: Op, mode: Mode = "static", weights: Format | None = None
     ) -> tuple[OpRule | None, str | None]:

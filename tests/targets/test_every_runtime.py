@@ -100,6 +100,17 @@ def test_weights_that_another_runtime_has_no_kernels_for_are_named() -> None:
             retargeted(plan.plan, plan.work, other.rules())
 
 
+@pytest.mark.parametrize("other", ["litert", "openvino", "executorch"])
+@pytest.mark.parametrize("layers", ["int8", "int16"])
+def test_activations_that_another_runtime_does_not_hold_are_named(other: str, layers: str) -> None:
+    """They came out as numbers without a meaning (-40 dB), or as a file that was said to be damaged."""
+    sixteen = {"format": layers, "elsewhere": "int16"}
+    plan = prepare(residual(), [images(8)], activations=sixteen)
+    told = rf"\w+: {other} has no integer kernels for int16 .*: compress the network for {other}"
+    with pytest.raises(TargetError, match=told):
+        retargeted(plan.plan, plan.work, make_target(other).rules())
+
+
 def test_weights_too_wide_for_this_processor_are_named() -> None:
     first = prepare(digits(), [images(8)], "litert")
     assert saturating(first.plan, first.target.rules()) == []

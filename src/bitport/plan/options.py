@@ -192,26 +192,19 @@ def mode_of(weights: TensorOptions, activations: TensorOptions) -> Mode:
 def _check(
     graph: Graph, ruleset: Ruleset, node: torch.fx.Node, weights: TensorOptions, activations: TensorOptions
 ) -> None:
-    stored = () if activations.dynamic else ruleset.stored
     for options in (activations, activations.away_from_layers()):
-        if not options.is_float and not options.kept_as(stored):
-            held = ruleset.dynamic if options.dynamic and ruleset.dynamic else ruleset.activations
-            objection = held.objection(options.for_activations())
-            if objection is not None:
-                raise TargetError(
-                    f"{ruleset.name} has no integer kernels for {options.format} activations ({objection}); it holds "
-                    f"{_listed([str(held), *stored])} (or float32)"
-                )
+        if not options.is_float:
+            why = ruleset.activations_objection(
+                options.for_activations(), options.format, dynamic=options.dynamic
+            )
+            if why is not None:
+                raise TargetError(why)
     if weights.is_float or graph.op(node).kind not in WITH_WEIGHTS:
         return
     mode = mode_of(weights, activations)
     why = ruleset.weights_objection(weights.for_weights(0), mode, weights.format)
     if why is not None:
         raise TargetError(why)
-
-
-def _listed(items: list[str]) -> str:
-    return ", ".join(items)
 
 
 def _matches(graph: Graph, node: torch.fx.Node, override: Override) -> bool:

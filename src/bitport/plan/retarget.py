@@ -20,9 +20,9 @@ def retargeted(plan: Plan, graph: Graph, rules: Ruleset) -> Plan:
     An operator that they have no integer kernel for, or one whose kernel wants more integers than the plan has around
     it, is computed in float, from the same integers.
 
-    Raises TargetError, naming a layer, where the runtime has no kernels for its weights.
+    Raises TargetError, naming a layer, where the runtime holds no weights or activations of its formats.
     """
-    _check_weights(plan, rules)
+    _check_formats(plan, rules)
     nodes = {name: _renamed(todo, name, graph, rules) for name, todo in plan.nodes.items()}
     for name, todo in plan.nodes.items():
         reason = _objection(todo, name, plan, graph, rules)
@@ -46,12 +46,15 @@ def saturating(plan: Plan, rules: Ruleset) -> list[str]:
     ]  # fmt: skip
 
 
-def _check_weights(plan: Plan, rules: Ruleset) -> None:
-    for edge, tie in plan.edges.items():
-        todo, fmt = plan.node(edge.consumer), plan.ties[tie].format
-        if plan.ties[tie].source != "weight" or todo.kernel is None or todo.role == "move":
-            continue
-        why = rules.weights_objection(fmt, cast(Mode, todo.mode or "static"), str(fmt))
+def _check_formats(plan: Plan, rules: Ruleset) -> None:
+    for edge, key in plan.edges.items():
+        todo, tie = plan.node(edge.consumer), plan.ties[key]
+        fmt, why = tie.format, None
+        if tie.source == "weight":
+            if todo.kernel is not None and todo.role != "move":
+                why = rules.weights_objection(fmt, cast(Mode, todo.mode or "static"), str(fmt))
+        elif tie.source != "bias":
+            why = rules.activations_objection(fmt, str(fmt), dynamic=tie.source == "dynamic")
         if why is not None:
             raise TargetError(f"{edge.consumer}: {why}: compress the network for {rules.name}")
 
