@@ -304,7 +304,8 @@ MUTATIONS = (
     Mutation(
         "formats are those that the runtime holds",
         "rules.py",
-        "        held = self.dynamic if dynamic and self.dynamic else self.activations\n        objection = held.objection(fmt)\n",
+        "        held = self.dynamic if dynamic and self.dynamic else self.activations\n"
+        "        objection = held.objection(fmt)\n",
         "        objection = None\n",
         _DECIDE + "test_formats_that_the_target_can_not_hold_are_refused",
     ),
