@@ -123,7 +123,8 @@ class OnnxRuntime(Target):
             options.add_session_config_entry(WEIGHTS_FOLDER, str(folder))
             model: str | bytes = _with_taps(path) if taps else str(folder / path.name)
             try:
-                return ort.InferenceSession(model, options, providers=[provider])
+                # its fallback prints, and tries the same once more
+                return ort.InferenceSession(model, options, providers=[provider], enable_fallback=0)
             except Exception as error:
                 raise TargetError(f"ONNX Runtime can't load {path.name}: {first_line(error)}") from error
 
