@@ -208,6 +208,10 @@ class Ruleset:
         """Whether there is an integer kernel for a kind of operator, conditions aside."""
         return any(kind in row.kinds and row.role == "compute" and row.mode == "static" for row in self.rows)
 
+    def only_stores(self, fmt: Format) -> bool:
+        """Whether activations of a format are held, but not computed with."""
+        return str(fmt).split()[0] in self.stored
+
     def weights_objection(self, fmt: Format, mode: Mode, called: str) -> str | None:
         """Why no kernel multiplies by weights of a format, which the user calls so; or None."""
         held = self.weights.get(mode)
@@ -225,13 +229,11 @@ class Ruleset:
 
     def activations_objection(self, fmt: Format, called: str, *, dynamic: bool = False) -> str | None:
         """Why no activations of a format are held, which the user calls so; or None. dynamic: rounded while running."""
-        stored = () if dynamic else self.stored
-        if str(fmt).split()[0] in stored:
-            return None
         held = self.dynamic if dynamic and self.dynamic else self.activations
         objection = held.objection(fmt)
-        if objection is None:
+        if objection is None or (self.only_stores(fmt) and not dynamic):
             return None
+        stored = () if dynamic else self.stored
         return (
             f"{self.name} has no integer kernels for {called} activations ({objection}); it holds "
             f"{', '.join([str(held), *stored])} (or float32)"

@@ -33,7 +33,7 @@ MUTATIONS = (
         "targets/executorch/_target.py",
         '        _trial.tried(path, PROBE, {}, "ExecuTorch")\n',
         "",
-        _TESTS + "test_a_file_that_ends_the_process_ends_another_one",
+        "tests/targets/test_trial.py::test_a_file_that_ends_the_process_ends_another_one",
     ),
     Mutation(
         "what a .pte doesn't tell of itself isn't looked up",

@@ -49,7 +49,7 @@ MUTATIONS = (
         "targets/litert/_target.py",
         '        _trial.tried(folder / self.model_file, PROBE, {"kernels": self.options["kernels"]}, "LiteRT")\n',
         "",
-        _TESTS + "test_a_file_that_ends_the_process_ends_another_one",
+        "tests/targets/test_trial.py::test_a_file_that_ends_the_process_ends_another_one",
     ),
     Mutation(
         "an input of another shape is refused before LiteRT reads it",

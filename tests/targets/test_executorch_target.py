@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +19,6 @@ import bitport
 from bitport.errors import ExportError, RecipeError, TargetError
 from bitport.numerics.arithmetic import QTensor
 from bitport.plan import Plan
-from bitport.targets import _trial
 from bitport.targets.executorch import ExecuTorch, _target
 from bitport.targets.executorch.arithmetic import stored_bias
 
@@ -145,38 +142,6 @@ def test_a_damaged_file(
 def test_a_file_that_is_not_there(prepared: Prepared, tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"can't load model\.pte"):
         prepared.target.open(tmp_path)
-
-
-def end(path: str) -> None:
-    """What ExecuTorch does with some files."""
-    assert Path(path).is_file()
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def test_a_file_that_ends_the_process_ends_another_one(
-    prepared: Prepared, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_target, "PROBE", f"{__name__}:end")
-    prepared.target.open(folder)  # written here: not tried
-    monkeypatch.setattr(_trial, "_known", set[str]())
-    wanted = pytest.raises(
-        TargetError, match=r"ExecuTorch can't run model.pte: .* signal 11 .*; make the art"
-    )
-    with wanted:
-        prepared.target.open(folder)
-    with wanted:
-        prepared.target.inspect(folder, prepared.plan)
-
-
-def test_a_file_from_elsewhere_is_tried_once(
-    prepared: Prepared, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_trial, "_known", set[str]())
-    x = images(3)
-    (first,) = prepared.target.open(folder).run((x,))
-    monkeypatch.setattr(_target, "PROBE", f"{__name__}:end")
-    (second,) = prepared.target.open(folder).run((x,))
-    assert torch.equal(first, second)
 
 
 NOTE: dict[str, Any] = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,7 @@ from bitport.errors import ExportError, RecipeError, TargetError
 from bitport.plan import Plan
 from bitport.proof.integer import integer_record
 from bitport.recipe import StepSpec
-from bitport.targets import _trial
-from bitport.targets.litert import LiteRt, _target
+from bitport.targets.litert import LiteRt
 
 FLOAT = {"format": "float32"}
 INT8 = {"weights": {"format": "int8"}, "activations": {"format": "int8"}}
@@ -319,34 +316,3 @@ def test_a_file_that_is_cut_off(keep: int, tmp_path: Path) -> None:
 def test_options_that_mean_nothing(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=rf"\[target\] {next(iter(options))}"):
         LiteRt(options)
-
-
-def end(path: str, kernels: str) -> None:
-    """What LiteRT does with some files."""
-    assert Path(path).is_file() and kernels in KERNELS
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def test_a_file_that_ends_the_process_ends_another_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepared = prepare(digits(), [images(4)], "litert")
-    prepared.target.export(prepared.work, prepared.plan, tmp_path)
-    monkeypatch.setattr(_target, "PROBE", f"{__name__}:end")
-    prepared.target.open(tmp_path)  # written here: not tried
-    monkeypatch.setattr(_trial, "_known", set[str]())
-    with pytest.raises(
-        TargetError, match=r"LiteRT can't run model.tflite: .* signal 11 .*; make the artifact"
-    ):
-        prepared.target.open(tmp_path)
-
-
-def test_a_file_from_elsewhere_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = prepare(digits(), [images(4)], "litert")
-    prepared.target.export(prepared.work, prepared.plan, tmp_path)
-    monkeypatch.setattr(_trial, "_known", set[str]())
-    x = images(3)
-    (first,) = prepared.target.open(tmp_path).run((x,))
-    monkeypatch.setattr(_target, "PROBE", f"{__name__}:end")
-    (second,) = prepared.target.open(tmp_path).run((x,))
-    assert torch.equal(first, second)

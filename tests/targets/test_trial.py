@@ -10,12 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from tests.flow import Net, Prepared, conv, images, prepare
+from torch import nn
+from torch.nn import functional as F
 
 from bitport.errors import TargetError
-from bitport.targets import _trial
+from bitport.targets import _trial, executorch, litert
 from bitport.targets._trial import tried, written
 
 HERE = "tests.targets.test_trial"
+
+
+TRIED = {"litert": ("LiteRT", litert), "executorch": ("ExecuTorch", executorch)}
 
 
 def runs(path: str, count: str) -> None:
@@ -29,7 +36,9 @@ def says(path: str, count: str) -> None:
     raise TargetError(f"no {Path(path).name} today")
 
 
-def dies(path: str, count: str) -> None:
+def dies(path: str, **_: object) -> None:
+    """What these runtimes do with some files."""
+    assert Path(path).is_file()
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
@@ -94,3 +103,42 @@ def test_a_process_that_may_end_tries_nothing(model: Path) -> None:
         f"_trial.tried(Path({str(model)!r}), '{HERE}:dies', {{}}, 'The runtime')"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module", params=TRIED)
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Prepared, Path]:
+    torch.manual_seed(0)
+    net = Net(lambda m, x: m.b(F.relu(m.a(x)).mean((2, 3))), a=conv(), b=nn.Linear(8, 4))
+    prepared, folder = prepare(net, [images(4)], request.param), tmp_path_factory.mktemp(request.param)
+    prepared.target.export(prepared.work, prepared.plan, folder)
+    return prepared, folder
+
+
+def test_a_file_that_ends_the_process_ends_another_one(
+    exported: tuple[Prepared, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, folder = exported
+    runtime, package = TRIED[prepared.target.name]
+    monkeypatch.setattr(package._target, "PROBE", f"{HERE}:dies")
+    prepared.target.open(folder)  # written here: not tried
+    monkeypatch.setattr(_trial, "_known", set[str]())
+    told = rf"{runtime} can't run {prepared.target.model_file}: .* signal 11 .*; make the artifact again"
+    with pytest.raises(TargetError, match=told):
+        prepared.target.open(folder)
+    if package is executorch:  # which inspects a file by loading it
+        with pytest.raises(TargetError, match=told):
+            prepared.target.inspect(folder, prepared.plan)
+
+
+def test_a_file_from_elsewhere_is_tried_once(
+    exported: tuple[Prepared, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, folder = exported
+    monkeypatch.setattr(_trial, "_known", set[str]())
+    x = images(3)
+    (first,) = prepared.target.open(folder).run((x,))
+    monkeypatch.setattr(TRIED[prepared.target.name][1]._target, "PROBE", f"{HERE}:dies")
+    (second,) = prepared.target.open(folder).run((x,))
+    assert torch.equal(first, second)

@@ -60,7 +60,7 @@ def entropy(h: Histogram, fmt: Format) -> tuple[float, float]:
         return _divergence(middles, counts, low, high, fmt, width)
 
     low, high = torch.tensor([[h.minimum], [h.maximum]], dtype=torch.float64)
-    low, high = search(errors, low, high, fmt.symmetric, convex=False)  # it has hills between its valleys
+    low, high = search(errors, low, high, fmt.symmetric)
     return float(low), float(high)
 
 

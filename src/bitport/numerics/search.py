@@ -27,9 +27,7 @@ _BLOCK = 2**18
 _GAIN = 1 - 1e-6
 # A range narrower than the best that errs so many times as much cuts off too much; one narrower still cuts off more.
 # Of squared errors rounding adds such as grow with the square of the range, cutting off such as fall: both convex.
-_HOPELESS = {True: 1.5, False: 4.0}
-# The first step of refining: 2^(2^-this).
-_FIRST = {True: 3, False: 2}
+_HOPELESS = 1.5
 
 
 @estimator
@@ -98,14 +96,12 @@ def expected_error(h: Histogram, fmt: Format, minimum: float, maximum: float) ->
     return total / max(h.count, 1)
 
 
-def search(
-    errors: Errors, low: Tensor, high: Tensor, symmetric: bool, *, convex: bool = True
-) -> tuple[Tensor, Tensor]:
+def search(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     """The ends [R] of the range with the smallest error per row, by a grid search over shrink factors.
 
     The extremes, widened to include 0, are multiplied by factors ≤ 1 from a ladder: linear down to ½, then
     2^-½ a step down to 2^-10. First both by the same one; then, unless the format is symmetric or the values
-    have one sign, each end by its own; then the grid is refined around the best in steps of 2^⅛ (2^¼) to 2^1/128.
+    have one sign, each end by its own; then the grid is refined around the best in steps of 2^¼ to 2^1/128.
     An end at 0 stays there. A row leaves a ladder where it errs many times its least. Every range is compared by
     `errors`, the full one among them, and the best is kept; a row's result depends on no other row.
 
@@ -113,8 +109,6 @@ def search(
         errors: maps candidate ends, [R] each, to the error of each row, [R]; any measure that is to be small.
         low, high: the extremes of the values, [R].
         symmetric: whether both ends are cut at one magnitude.
-        convex: the measure is convex in the ends but for rounding's own jumps, as squared errors are: fewer ranges
-            have to be tried.
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     reach = torch.maximum(-low, high)
@@ -138,7 +132,7 @@ def search(
         best_a, best_b = torch.where(better, a, best_a), torch.where(better, b, best_b)
         best = torch.where(better, found, best)
         narrower = (a <= best_a) & (b <= best_b)
-        return where & ~(narrower & (found > _HOPELESS[convex] * best)) & (best > 0)
+        return where & ~(narrower & (found > _HOPELESS * best)) & (best > 0)
 
     octaves = [2.0 ** (-1 - step / 2) for step in range(1, 19)]
     ladders = [("both", [1 - step / 32 for step in range(1, 17)])]
@@ -150,8 +144,8 @@ def search(
                 break
             a = best_a if end == "b" else one * factor
             alive = attempt(a, best_b if end == "a" else one * factor, alive)
-    for octave in range(_FIRST[convex], 8):
-        step = 2.0 ** (2.0**-octave)
+    for octave in (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128):
+        step = 2.0**octave
         for factor in (step, 1 / step):
             attempt(best_a * factor, best_b * factor, everywhere)
             if bool(two_ends.any()):

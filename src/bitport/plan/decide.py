@@ -59,7 +59,7 @@ class _Planner(Decisions):
 
     def _stored(self) -> set[torch.fx.Node]:
         """Operators whose results the recipe wants in a format that the target stores but can't compute with."""
-        chosen = {node for node in self.nodes if self.activations[node].kept_as(self.ruleset.stored)}
+        chosen = {node for node in self.nodes if self.activations[node].only_stored(self.ruleset)}
         for node in list(chosen):
             users = list(node.users)
             if len(users) == 1 and users[0] in self.ops and self.ops[users[0]].kind in CLAMPS:

@@ -77,9 +77,9 @@ class TensorOptions:
         """The Format of activations. Raises FormatError where the words contradict each other."""
         return self._parsed("tensor")
 
-    def kept_as(self, stored: Sequence[str]) -> bool:
+    def only_stored(self, ruleset: Ruleset) -> bool:
         """Whether activations are to be of one of the formats that a target stores without computing with them."""
-        return not self.is_float and not self.dynamic and str(self.for_activations()).split()[0] in stored
+        return not self.is_float and not self.dynamic and ruleset.only_stores(self.for_activations())
 
     def away_from_layers(self) -> TensorOptions:
         """The options of a tensor that no layer multiplies by its weights.

@@ -24,7 +24,7 @@ from .._onnx import ROUNDING, U8_OFFSET
 from . import products
 from .arithmetic import FLOAT_OPS, KERNELS
 from .blockwise import LEVELS, ROUNDS_ACTIVATIONS
-from .ends import read_ends
+from .ends import REMEDY, read_ends
 from .export import export_model
 from .inspect import inspected, read_model
 from .table import ruleset
@@ -87,9 +87,7 @@ class OnnxRuntime(Target):
         try:
             return _OrtSession(session)
         except UnicodeError as error:
-            raise TargetError(
-                f"{self.model_file} holds a name that is no text: make the artifact again"
-            ) from error
+            raise TargetError(f"{self.model_file} holds a name that is no text: {REMEDY}") from error
 
     def inspect(self, folder: Path, plan: Plan, *, taps: bool = False) -> Inspection:
         with tempfile.TemporaryDirectory() as scratch:

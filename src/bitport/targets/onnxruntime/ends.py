@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 KEY = "bitport.io"
 FIELDS = {"producer": str, "scale": float, "zero_point": int, "dtype": str}
 DTYPES = ("uint8", "int8", "uint16", "int16")
-AGAIN = "make the artifact again"
+REMEDY = "make the artifact again"
 Array = np.ndarray[Any, Any]
 
 
@@ -54,9 +54,9 @@ def read_ends(metadata: Mapping[str, str]) -> dict[str, End]:
     found = {}
     for name, end in noted(metadata, KEY).items():
         if not isinstance(end, dict) or {key: type(value) for key, value in end.items()} != FIELDS:
-            raise TargetError(f"the file's metadata {KEY!r} don't describe {name!r}: {AGAIN}")
+            raise TargetError(f"the file's metadata {KEY!r} don't describe {name!r}: {REMEDY}")
         if end["dtype"] not in DTYPES or not (math.isfinite(end["scale"]) and end["scale"] > 0):
-            raise TargetError(f"the file's metadata {KEY!r} describe {name!r} as no integers: {AGAIN}")
+            raise TargetError(f"the file's metadata {KEY!r} describe {name!r} as no integers: {REMEDY}")
         found[name] = End(**end)
     return found
 
@@ -66,9 +66,9 @@ def noted(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
         found = json.loads(metadata.get(key, "{}"))
     except (ValueError, RecursionError, TypeError) as error:  # bytes that are no text, too
-        raise TargetError(f"the file's metadata {key!r} can't be read ({error}): {AGAIN}") from error
+        raise TargetError(f"the file's metadata {key!r} can't be read ({error}): {REMEDY}") from error
     if not isinstance(found, dict):
-        raise TargetError(f"the file's metadata {key!r} are no JSON object: {AGAIN}")
+        raise TargetError(f"the file's metadata {key!r} are no JSON object: {REMEDY}")
     return found
 
 

@@ -21,7 +21,7 @@ from .._base import Inspection
 from .._onnx import AGAIN
 from .blockwise import MATMUL_NBITS
 from .decode import KEY
-from .ends import noted
+from .ends import REMEDY, noted
 
 if TYPE_CHECKING:
     import onnx
@@ -47,9 +47,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     names += [initializer.name for initializer in model.graph.initializer]
     for name in names:
         if not isinstance(name, str):  # protobuf gives bytes then
-            raise TargetError(
-                f"{path.name} holds a name that is no text ({name[:50]!r}): make the artifact again"
-            )
+            raise TargetError(f"{path.name} holds a name that is no text ({name[:50]!r}): {REMEDY}")
     return model
 
 
@@ -153,9 +151,7 @@ class _Stored:
     def __init__(self, model: onnx.ModelProto) -> None:
         notes = noted({item.key: item.value for item in model.metadata_props}, KEY)
         if not all(isinstance(note, dict) and _is_shape(note.get("shape")) for note in notes.values()):
-            raise TargetError(
-                f"the file's metadata {KEY!r} don't describe its weights: make the artifact again"
-            )
+            raise TargetError(f"the file's metadata {KEY!r} don't describe its weights: {REMEDY}")
         self.counts = {name: math.prod(note["shape"]) for name, note in notes.items()}
         self.bytes: Mapping[str, int] = {i.name: _bytes(i) for i in model.graph.initializer}
         for initializer in model.graph.initializer:
