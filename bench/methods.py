@@ -150,7 +150,7 @@ def _passes() -> Iterator[list[float]]:
 
         return run
 
-    with patch.object(Graph, "run", timed(Graph.run)), patch.object(Run, "step", timed(Run.step)):
+    with patch.object(Graph, "run", timed(Graph.run)), patch.object(Run, "compute", timed(Run.compute)):
         yield spent
 
 

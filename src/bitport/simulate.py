@@ -124,12 +124,20 @@ class Run:
 
     def step(self, node: fx.Node) -> None:
         """Run one node, in the graph's order; values that nobody reads any more are dropped."""
+        self.compute(node)
+        self.drop(node)
+
+    def compute(self, node: fx.Node) -> None:
+        """The first half of `step`: what the node reads is still there."""
         if node.op == "placeholder":
             self._leave(node, next(self.inputs))
         elif node.op == "get_attr":
             self.values[node] = self.graph.tensor(str(node.target)).detach()
         else:
             self._operator(node)
+
+    def drop(self, node: fx.Node) -> None:
+        """The second half of `step`."""
         for source in self.s._last.get(node, ()):
             self.values.pop(source, None)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from bitport.formats import Format
@@ -111,3 +113,27 @@ def test_nothing_has_no_losses() -> None:
         assert losses(w, grid(w, "int8 channel(0)")) == Losses()
     w = torch.zeros(3, 20)
     assert losses(w, grid(w, "int8 channel(0)")) == Losses()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(
+        ["int8 channel(0)", "int4 group(16,0)", "int2 symmetric", "uint4", "ternary", "int[-9,2] channel(0)"]
+    ),
+    st.sampled_from([1.0, 8.0, 40.0, 3000.0]),
+    st.sampled_from([0.0, 0.5, 0.95]),
+    st.sampled_from(["minmax", "mse", "percentile"]),
+)
+def test_the_quick_look_says_what_the_long_one_says(
+    seed: int, text: str, outlier: float, pruned: float, spec: str
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(3, 20, generator=generator)
+    w[torch.rand(3, 20, generator=generator) < pruned] = 0.0
+    w[1, 3] = outlier
+    made = grid(w, text, spec)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("bitport.numerics.losses._is_kept", lambda *_: False)
+        wanted = losses(w, made)
+    assert losses(w, made) == wanted

@@ -183,8 +183,20 @@ def complete(gm: fx.GraphModule) -> bool:
 def _value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, args: Any, kwargs: Any) -> Any:
     if node.op == "get_attr":
         return mode.from_tensor(fetch(gm, str(node.target)), static_shapes=True)
+    if node.target is torch.ops.aten.matmul.default:
+        return _matmul(*args)
     call: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else node.target
     return _without_unrolling(call)(*args, **kwargs)
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A product of matrices by formula where their stacks are alike: torch's decomposition takes some 15 ms."""
+    if a.dim() == b.dim() > 2 and all(
+        x is y or x == y for x, y in zip(a.shape[:-2], b.shape[:-2], strict=True)
+    ):
+        if a.shape[-1] == b.shape[-2] and a.dtype == b.dtype:
+            return a.new_empty([*a.shape[:-1], b.shape[-1]])
+    return torch.matmul(a, b)
 
 
 def _without_unrolling(call: Any) -> Any:

@@ -82,6 +82,7 @@ def drop_identities(graph: Graph, *, dropout: bool = True) -> None:
 def merge_duplicates(graph: Graph) -> None:
     """One operator for several that compute the same in eval mode; exporters do so, and names would get lost."""
     first: dict[tuple[str, str, str, str], fx.Node] = {}
+    changed = False
     for node in list(graph.gm.graph.nodes):
         if node.op not in ("call_function", "call_module", "get_attr"):
             continue
@@ -92,12 +93,15 @@ def merge_duplicates(graph: Graph) -> None:
         if kept is not node:
             node.replace_all_uses_with(kept)
             graph.gm.graph.erase_node(node)
-    _clean(graph)
+            changed = True
+    if changed:
+        _clean(graph)
 
 
 def fold_constants(graph: Graph) -> None:
     """Evaluate what depends on no input, not even on its size, and is read as a number by something that does."""
     free = {node for node in graph.nodes() if _depends_on_nothing(node)}
+    changed = False
     for node in [n for n in graph.nodes() if n in free]:
         value = node.meta.get("val")
         if (
@@ -112,10 +116,13 @@ def fold_constants(graph: Graph) -> None:
             stored = graph.gm.graph.get_attr(name)
         stored.meta["val"] = value
         node.replace_all_uses_with(stored)
-    _clean(graph)
+        changed = True
+    if changed:
+        _clean(graph)
 
 
 def fold_batch_norms(graph: Graph) -> None:
+    changed = False
     for node in graph.nodes():
         source = foldable(graph, node)
         if source is not None:
@@ -127,7 +134,9 @@ def fold_batch_norms(graph: Graph) -> None:
             assert mean is not None and var is not None
             _fold_into(graph, source, mean, var, gamma, beta, norm.attrs["eps"])
             _takes_over(graph, source, node)
-    _clean(graph)
+            changed = True
+    if changed:
+        _clean(graph)
 
 
 def _takes_over(graph: Graph, layer: fx.Node, node: fx.Node) -> None:
@@ -141,6 +150,7 @@ def _takes_over(graph: Graph, layer: fx.Node, node: fx.Node) -> None:
 
 def fold_affines(graph: Graph) -> None:
     """A product or a sum with a number for each output channel of a layer: what converters leave of a norm."""
+    changed = False
     for node in graph.nodes():
         found = _affine(graph, node)
         if found is None:
@@ -150,7 +160,9 @@ def fold_affines(graph: Graph) -> None:
         gamma, beta = (values, None) if graph.op(node).kind == "mul" else (None, values)
         _fold_into(graph, layer, zero, one, gamma, beta, 0.0)
         _takes_over(graph, layer, node)
-    _clean(graph)
+        changed = True
+    if changed:
+        _clean(graph)
 
 
 def _affine(graph: Graph, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
@@ -189,11 +201,11 @@ def foldable(graph: Graph, node: fx.Node) -> fx.Node | None:
 
 
 def split_attention(graph: Graph) -> None:
-    for node in graph.nodes():
-        op = graph.op(node)
-        if op.kind == "sdpa":
-            _Attention(graph, node, op).split()
-    _clean(graph)
+    found = [(node, op) for node in graph.nodes() if (op := graph.op(node)).kind == "sdpa"]
+    for node, op in found:
+        _Attention(graph, node, op).split()
+    if found:
+        _clean(graph)
 
 
 def normalise(graph: Graph) -> None:

@@ -31,13 +31,17 @@ class ChannelMoments:
 
     def update(self, values: Tensor, axis: int) -> None:
         """Add a tensor whose dimension `axis` has the channels."""
-        rows = values.detach().movedim(axis, 0).flatten(1).double()
+        channels = values.shape[axis]
         if self.total is None or self.squares is None:
-            self.total = torch.zeros(rows.shape[0], dtype=torch.float64)
+            self.total = torch.zeros(channels, dtype=torch.float64)
             self.squares = torch.zeros_like(self.total)
-        self.count += rows.shape[1]
-        self.total = self.total + rows.sum(1)
-        self.squares = self.squares + rows.square().sum(1)
+        if not values.numel():
+            return
+        others = [dim for dim in range(values.dim()) if dim != axis % values.dim()]
+        wide = values.detach().to(torch.float64, copy=True)
+        self.count += values.numel() // channels
+        self.total = self.total + wide.sum(others)
+        self.squares = self.squares + wide.square_().sum(others)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """(mean, standard deviation), float32 [C]. Raises DataError when nothing was seen."""

@@ -136,7 +136,8 @@ def qparams_of_finite(lower: Tensor, upper: Tensor, fmt: Format) -> tuple[Tensor
         step = (upper - lower) / (high - low)
     largest = min(LARGEST_SCALE, _FLOAT32_MAX / (high - low) * (1 - 2.0**-23))
     scale = step.clamp(SMALLEST_SCALE, largest).float()
-    scale = torch.where(step == 0, torch.ones_like(scale), scale)
+    if step.numel() and float(step.amin()) == 0:
+        scale = torch.where(step == 0, torch.ones_like(scale), scale)
     return scale, zero_points(lower, step.clamp(min=SMALLEST_SCALE), fmt)
 
 

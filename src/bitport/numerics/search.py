@@ -28,6 +28,8 @@ _GAIN = 1 - 1e-6
 # A range narrower than the best that errs so many times as much cuts off too much; one narrower still cuts off more.
 # Of squared errors rounding adds such as grow with the square of the range, cutting off such as fall: both convex.
 _HOPELESS = 1.5
+# Down to this factor the ladders are linear, and finer than steps of this many octaves or more.
+_LINEAR, _FINE = 0.5, 1 / 8
 
 
 @estimator
@@ -101,7 +103,7 @@ def search(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[
 
     The extremes, widened to include 0, are multiplied by factors ≤ 1 from a ladder: linear down to ½, then
     2^-½ a step down to 2^-10. First both by the same one; then, unless the format is symmetric or the values
-    have one sign, each end by its own; then the grid is refined around the best in steps of 2^¼ to 2^1/128.
+    have one sign, each end by its own; then each is refined around the best in steps of 2^¼ to 2^1/128.
     An end at 0 stays there. A row leaves a ladder where it errs many times its least. Every range is compared by
     `errors`, the full one among them, and the best is kept; a row's result depends on no other row.
 
@@ -123,34 +125,39 @@ def search(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> tuple[
     one = torch.ones_like(low)
     best_a, best_b, best = one, one, errors(low, high)
 
-    def attempt(a: Tensor, b: Tensor, where: Tensor) -> Tensor:
-        """Those of the rows that don't err far more than they must already."""
+    def attempt(a: Tensor, b: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The factors tried, and the errors found."""
         nonlocal best_a, best_b, best
         a, b = a.clamp(max=1.0), b.clamp(max=1.0)
         found = errors(*ends(a, b))
         better = (found < best * _GAIN) & where
         best_a, best_b = torch.where(better, a, best_a), torch.where(better, b, best_b)
         best = torch.where(better, found, best)
-        narrower = (a <= best_a) & (b <= best_b)
-        return where & ~(narrower & (found > _HOPELESS * best)) & (best > 0)
+        return a, b, found
 
     octaves = [2.0 ** (-1 - step / 2) for step in range(1, 19)]
     ladders = [("both", [1 - step / 32 for step in range(1, 17)])]
-    ladders += [(end, [1 - step / 16 for step in range(9)]) for end in "aba"]
+    ladders += [(end, [1 - step / 16 for step in range(9)]) for end in "ab"]
     for end, factors in ladders:
         alive = everywhere if end == "both" else two_ends
         for factor in factors + octaves:
             if not bool(alive.any()):
                 break
-            a = best_a if end == "b" else one * factor
-            alive = attempt(a, best_b if end == "a" else one * factor, alive)
+            a, b, found = attempt(
+                best_a if end == "b" else one * factor, best_b if end == "a" else one * factor, alive
+            )
+            hopeless = (a <= best_a) & (b <= best_b) & (found > _HOPELESS * best)
+            alive = alive & ~hopeless & (best > 0)
     for octave in (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128):
-        step = 2.0**octave
-        for factor in (step, 1 / step):
-            attempt(best_a * factor, best_b * factor, everywhere)
-            if bool(two_ends.any()):
-                attempt(best_a * factor, best_b, two_ends)
-                attempt(best_a, best_b * factor, two_ends)
+        # steps as wide as these are new only where the ladders went by octaves
+        where = everywhere if octave < _FINE else torch.minimum(best_a, best_b) < _LINEAR
+        apart, together = where & two_ends, where & ~two_ends
+        for factor in (2.0**octave, 2.0**-octave):
+            if bool(together.any()):
+                attempt(best_a * factor, best_b * factor, together)
+            if bool(apart.any()):
+                attempt(best_a * factor, best_b, apart)
+                attempt(best_a, best_b * factor, apart)
     return ends(best_a, best_b)
 
 

@@ -39,14 +39,20 @@ class Abreast:
         ]
 
     def walk(self) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """(float node, its copy) in the network's order, each before it runs; the output isn't among them."""
+        """(float node, its copy) in the network's order, the copy before it runs; the output isn't among them.
+
+        What the float node gives is known, and what it reads is still there.
+        """
         for real, node in zip(self.real.gm.graph.nodes, self.work.gm.graph.nodes, strict=True):
             if node.op == "output":
                 return
+            with torch.no_grad():
+                for float_run, _ in self.runs:
+                    float_run.compute(real)
             yield real, node
             with torch.no_grad():
                 for float_run, run in self.runs:
-                    float_run.step(real)
+                    float_run.drop(real)
                     run.step(node)
 
     def change(self, plan: Plan) -> None:
@@ -76,6 +82,13 @@ def has_rows(op: Op) -> bool:
     """Whether a layer multiplies plain windows of what it reads, which `rows_of` takes."""
     zeros = op.attrs.get("padding_mode", "zeros") == "zeros"
     return zeros and isinstance(op.attrs.get("padding", ()), Sequence)
+
+
+def results_of(y: Tensor, kernel: tuple[int, ...], most: int) -> Tensor:
+    """What a layer makes of the rows that `rows_of` takes: [P, C], of its output."""
+    flat = y.movedim(1, -1) if kernel else y
+    flat = flat.reshape(-1, flat.shape[-1])
+    return flat if len(flat) <= most else flat[spread_evenly(len(flat), most)]
 
 
 def rows_of(x: Tensor, attrs: Mapping[str, Any], kernel: tuple[int, ...], most: int) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from ..numerics.bias import analytic_bias, shifted_bias
 from ..numerics.moments import ChannelMoments, matching
 from ..plan import Plan, TensorPlan
 from ..plan.constants import settle, stored_values
-from ._abreast import Abreast, has_rows, rows_of
+from ._abreast import Abreast, has_rows, results_of, rows_of
 from ._base import Context
 from ._judge import Judge, parted
 from .calibrate import room_for_biases
@@ -115,8 +115,11 @@ class _Measuring(Abreast):
     def _see_mean(self, name: str, op: Op, real: fx.Node) -> None:
         sums, count = torch.zeros(1, dtype=torch.float64), 0
         for float_run, _ in self.runs:
-            channels = float_run.read(real, 0).movedim(1 if op.kind == "conv" else -1, 0).flatten(1)
-            sums, count = sums + channels.sum(1).double(), count + channels.shape[1]
+            x = float_run.read(real, 0)
+            channels = (1 if op.kind == "conv" else -1) % x.dim()
+            others = [dim for dim in range(x.dim()) if dim != channels]
+            sums = sums + (x.sum(others) if others else x).double()  # of no dimension sums all
+            count += x.numel() // max(1, x.shape[channels])
         if count:
             self.means[name] = sums / count
 
@@ -126,13 +129,14 @@ class _Measuring(Abreast):
         assert weight is not None and bias is not None
         key = self.plan.edges[Edge(weight, name, 1)]
         tie = self.plan.ties[key]
-        moments = self._moments(op, real, node, weight, stored_values(self.work, self.plan, weight, key))
+        old = self.real.tensor(bias).detach()
+        moments = self._moments(op, real, node, stored_values(self.work, self.plan, weight, key), old)
         if moments is None:
             return self.plan
         wanted, found = moments
         scale = tie.scale
         gain, shift = matching(*wanted, *found, spread and scale is not None and _along_outputs(tie))
-        old, values = self.real.tensor(bias).detach(), self.work.tensor(weight).detach()
+        values = self.work.tensor(weight).detach()
         self.work.set_tensor(bias, shifted_bias(old, shift, old.dtype))
         if scale is None or bool((gain == 1).all()):
             return settle(self.plan)
@@ -140,20 +144,20 @@ class _Measuring(Abreast):
         return settle(self.plan.with_ties({key: replace(tie, scale=_scaled(scale, gain))}))
 
     def _moments(
-        self, op: Op, real: fx.Node, node: fx.Node, weight: str, stored: Tensor
+        self, op: Op, real: fx.Node, node: fx.Node, stored: Tensor, bias: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
         """(mean, deviation) of the float layer's products and of the rounded one's, each [C]; None without data."""
         floats, rounded = ChannelMoments(), ChannelMoments()
-        matrix, kernel = self.real.tensor(weight).detach(), tuple(stored.shape[2:])
-        rows = max(FEWEST, min(POSITIONS, WORK // max(1, matrix.numel())))
+        kernel = tuple(stored.shape[2:])
+        rows = max(FEWEST, min(POSITIONS, WORK // max(1, stored.numel())))
         most, groups = max(1, rows // len(self.runs)), op.attrs.get("groups", 1)
+        w_BRK = stored.float().reshape(groups, len(stored) // groups, -1)
         for float_run, run in self.runs:
-            x, hat = float_run.read(real, 0), run.read(node, 0)
-            if x.numel():
-                for seen, values, weights in ((floats, x, matrix), (rounded, hat, stored)):
-                    w_BRK = weights.float().reshape(groups, len(weights) // groups, -1)
-                    for rows_PBK in rows_of(values, op.attrs, kernel, most):
-                        seen.update(torch.einsum("pbk,brk->pbr", rows_PBK.float(), w_BRK).flatten(1), 1)
+            y, hat = float_run.value(real), run.read(node, 0)
+            if y.numel():
+                floats.update(results_of(y, kernel, most) - bias, 1)
+                for rows_PBK in rows_of(hat, op.attrs, kernel, most):
+                    rounded.update(torch.einsum("pbk,brk->pbr", rows_PBK.float(), w_BRK).flatten(1), 1)
         return (floats.moments(), rounded.moments()) if floats.count else None
 
 

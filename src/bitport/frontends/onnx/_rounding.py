@@ -7,6 +7,7 @@ DequantizeLinear decodes become floats, on their grid.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -30,7 +31,7 @@ MOVES = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", 
 
 def without_rounding(model: Model) -> Model:
     """The model in float; itself where there is nothing to take out. A note tells what went."""
-    model = _pairs_together(as_pairs(model))
+    model = _pairs_together(_narrow(as_pairs(model)))
     made = {name: node for node in model.nodes for name in node.outputs if node.domain in DOMAINS}
     constants: dict[str, Array] = dict(model.constants)
     nodes: list[Node] = []
@@ -85,6 +86,49 @@ def _scale(quantize: Node, constants: Mapping[str, Array]) -> GivenScale | None:
     info = np.iinfo(zero.dtype)
     found = GivenScale(float(scale.reshape(())), int(zero.reshape(-1)[0]), int(info.min), int(info.max))
     return found.checked(quantize.name)
+
+
+def _narrow(model: Model) -> Model:
+    """The model without channels of zeros that zeros multiply: our own files have them, because it is faster so."""
+    made = {name: node for node in model.nodes for name in node.outputs}
+    readers = Counter(name for node in model.nodes for name in node.inputs)
+    readers.update(model.outputs)
+    instead: dict[str, str] = {}
+    for conv in model.nodes:
+        if conv.kind != "Conv" or conv.domain not in DOMAINS:
+            continue
+        pads = []
+        for name in conv.inputs[:2]:
+            decode = made.get(name)
+            pad = made.get(decode.inputs[0]) if decode is not None and decode.kind == DEQUANTIZE else None
+            alone = pad is not None and readers[name] == readers[pad.outputs[0]] == 1
+            if (
+                decode is not None
+                and pad is not None
+                and alone
+                and _is_of_zeros(pad, decode, model.constants)
+            ):
+                pads.append(pad)
+        ends = [model.constants[pad.inputs[1]] for pad in pads]
+        if len(pads) == 2 and np.array_equal(ends[0], ends[1]):
+            instead |= {pad.outputs[0]: pad.inputs[0] for pad in pads}
+    nodes = [replace(node, inputs=[instead.get(name, name) for name in node.inputs]) for node in model.nodes]
+    return replace(model, nodes=needed(nodes, model.outputs)) if instead else model
+
+
+def _is_of_zeros(pad: Node, decode: Node, constants: Mapping[str, Array]) -> bool:
+    """Whether all that it adds are channels behind the others, which are decoded as zeros."""
+    ends = constants.get(pad.inputs[1]) if pad.kind == "Pad" and len(pad.inputs) in (2, 3) else None
+    if ends is None or pad.attrs.get("mode", "constant") != "constant":
+        return False
+    behind = ends.size // 2 + 1
+    zero, fill = (
+        constants.get(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else np.zeros(())
+        for node in (decode, pad)
+    )
+    if zero is None or fill is None or ends[behind] <= 0 or np.delete(ends, behind).any():
+        return False
+    return bool((zero == fill).all())
 
 
 def _pairs_together(model: Model) -> Model:
