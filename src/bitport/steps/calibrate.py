@@ -201,10 +201,11 @@ def _largest_sum(graph: Graph, x: TensorPlan, weight: TensorPlan, scales: int) -
 
 def supersede(graph: Graph, plan: Plan, context: Context, fresh: Context) -> None:
     """What was told of a plan's ranges goes with them; what `fresh` was told of those in their place comes instead."""
-    old = replace(context, notes=[], tried=[])
-    fit_weights(graph, plan, old)
-    gone = {*old.notes, *map(raised_note, plan.ties)}
-    context.notes[:] = [note for note in context.notes if note not in gone]
+    if context.notes:  # else there is nothing to look for
+        old = replace(context, notes=[], tried=[])
+        fit_weights(graph, plan, old)
+        gone = {*old.notes, *map(raised_note, plan.ties)}
+        context.notes[:] = [note for note in context.notes if note not in gone]
     context.notes += [note for note in fresh.notes if note not in context.notes]
     again = {RAISED, *(row["what"] for row in fresh.tried)}
     context.tried[:] = [row for row in context.tried if row["what"] not in again]
