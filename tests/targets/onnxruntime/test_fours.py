@@ -51,18 +51,19 @@ def test_what_lacks_channels_gets_them_and_its_integers_stay(
     layer, shape, missing = LAYERS[name]
     prepared, sent, file = file_of(layer, shape, tmp_path)
     assert_exact(sent)
-    pads = [node for node in file.graph.node if node.op_type == "Pad"]
-    assert [node.name for node in pads] == (["a/input/pad", "a/weight/pad"] if missing else [])
+    joins = {node.name: node for node in file.graph.node if node.op_type == "Concat"}
+    assert list(joins) == (["a/input/padded", "a/weight/padded"] if missing else [])
     constants = {value.name: numpy_helper.to_array(value) for value in file.graph.initializer}
-    for node in pads:
-        assert constants[node.input[1]].sum() == constants[node.input[1]][len(shape) + 2] == missing
     weight = constants["a.weight/q"]
     assert weight.shape[1] == shape[0] or name == "depthwise"  # as large as it was
+    if missing:
+        zeros = constants[joins["a/weight/padded"].input[1]]
+        assert zeros.dtype == np.int8 and zeros.shape == (8, missing, *weight.shape[2:]) and not zeros.any()
     # without: the same integers
     monkeypatch.setattr(export, "pad_channels", lambda *_: None)
     (tmp_path / "plain").mkdir()
     prepared.target.export(prepared.work, prepared.plan, tmp_path / "plain")
-    assert not any(node.op_type == "Pad" for node in onnx.load(tmp_path / "plain/model.onnx").graph.node)
+    assert not any(node.op_type == "Concat" for node in onnx.load(tmp_path / "plain/model.onnx").graph.node)
     x = torch.randn(4, *shape).numpy()
     first, second = (
         ort.InferenceSession(folder / "model.onnx").run(None, {"x": x})[0]
@@ -75,13 +76,13 @@ def test_the_kernel_is_that_of_integers_and_the_weights_are_padded_at_load(tmp_p
     prepared, _, _ = file_of(conv(3), (3, 8, 8), tmp_path)
     found = prepared.target.inspect(tmp_path, prepared.plan)
     assert not found.missed
-    assert found.counts["QLinearConv"] == 1 and found.counts["Pad"] == 1
+    assert found.counts["QLinearConv"] == 1 and found.counts["Concat"] == 1
     assert not found.counts["Conv"]
 
 
 def test_what_stays_float_is_not_padded(tmp_path: Path) -> None:
     *_, file = file_of(conv(3), (3, 8, 8), tmp_path, activations={"format": "float32"})
-    assert not any(node.op_type == "Pad" for node in file.graph.node)
+    assert not any(node.op_type == "Concat" for node in file.graph.node)
 
 
 def test_one_input_of_two_convolutions(tmp_path: Path) -> None:
@@ -119,37 +120,63 @@ def test_the_network_comes_back_without_them(tmp_path: Path) -> None:
     assert float((wanted - found).abs().max()) < 0.02 * float(wanted.abs().max())
 
 
-@pytest.mark.parametrize("what", ["another number", "in front", "another axis", "one operand", "read twice"])
-def test_what_else_is_padded_keeps_its_meaning(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["RGB", "an odd padding", "grey", "speech", "pointwise"])
+def test_each_comes_back_without_them(name: str, tmp_path: Path) -> None:
+    layer, shape, _ = LAYERS[name]
+    prepared, _, _ = file_of(layer, shape, tmp_path)
+    again = bitport.load(tmp_path / "model.onnx")
+    assert [again.op(node).kind for node in again.nodes()] == ["conv", "relu"]
+    x = torch.randn(4, *shape) + 0.5
+    wanted, found = prepared.graph.run(x)[0].detach(), again.run(x)[0].detach()
+    assert float((wanted - found).abs().max()) < 0.02 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize(
+    "what", ["no zeros", "other channels", "two of them", "another axis", "another tensor", "read twice"]
+)
+def test_what_else_is_joined_keeps_its_meaning(what: str, tmp_path: Path) -> None:
     *_, file = file_of(conv(3), (3, 8, 8), tmp_path)
     x = images(4) + 0.5
     nodes = {node.name: node for node in file.graph.node}
     constants = {value.name: value for value in file.graph.initializer}
-    pads = constants[nodes["a/input/pad"].input[1]]
-    if what == "another number":  # of channels that meet zeros: still the same
-        constants["one"] = numpy_helper.from_array(np.uint8(1), "one")
-        file.graph.initializer.append(constants["one"])
-        nodes["a/input/pad"].input[2] = "one"
-    elif what == "in front":
-        pads.CopyFrom(numpy_helper.from_array(np.array([0, 1, 0, 0, 0, 0, 0, 0]), pads.name))
-    elif what == "another axis":
-        file.graph.initializer.append(numpy_helper.from_array(np.array([0, 0, 0, 0, 0, 1, 1, 1]), "more"))
-        nodes["a/input/pad"].input[1] = "more"
-    elif what == "one operand":
-        weight = constants["a.weight/q"]
-        wide = np.pad(numpy_helper.to_array(weight), ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=5)
-        weight.CopyFrom(numpy_helper.from_array(wide, weight.name))
-        decode = next(node for node in file.graph.node if "a/weight/padded" in node.input)
-        decode.input[0] = weight.name
-        file.graph.node.remove(nodes["a/weight/pad"])
+
+    def change(name: str, value: Any) -> None:
+        constants[name].CopyFrom(numpy_helper.from_array(value, name))
+
+    if what == "no zeros":
+        change("a/weight/more", np.full((8, 1, 3, 3), 5, np.int8))
+    elif what == "other channels":  # which still meet zeros
+        change("a/first", np.array([1]))
+        change("a/last", np.array([2]))
+    elif what == "two of them":
+        change("a/last", np.array([2]))
+        change("a/weight/more", np.zeros((8, 2, 3, 3), np.int8))
+    elif what == "another axis":  # a row more
+        nodes["a/weight/padded"].input.pop()
+        change("a/axis", np.array([2]))
+        nodes["a/input/padded"].attribute[0].i = 2
+    elif what == "another tensor":
+        file.graph.node.remove(nodes["a/input/more"])
+        wide = onnx.helper.make_node("Max", [nodes["x/q"].output[0]], ["other"])
+        file.graph.node.insert(1, wide)
+        cut = onnx.helper.make_node("Slice", ["other", "a/first", "a/last", "a/axis"], ["a/input/more/out"])
+        file.graph.node.insert(2, cut)
     else:
-        file.graph.output.append(onnx.helper.make_tensor_value_info("a/input/padded", 2, None))
+        file.graph.output.append(onnx.helper.make_tensor_value_info("a/input/padded/out", 2, None))
     onnx.save(file, tmp_path / "other.onnx")
     session = ort.InferenceSession(tmp_path / "other.onnx")
     wanted = session.run(None, {"x": x.numpy()})
     found = bitport.load(tmp_path / "other.onnx").run(x)
     for theirs, ours in zip(wanted, found, strict=True):
-        assert ours.shape == theirs.shape
         step = 1 if theirs.dtype == np.uint8 else 0
         apart = np.abs(ours.detach().numpy().astype(np.float32) - theirs.astype(np.float32))
+        assert ours.shape == theirs.shape
         assert apart.max() <= 0.02 * np.abs(theirs).max() + step
+
+
+@pytest.mark.parametrize("weights", ["int4", "ternary"])
+def test_narrow_weights_are_widened_too(weights: str, tmp_path: Path) -> None:
+    prepared, sent, file = file_of(conv(3), (3, 8, 8), tmp_path, weights={"format": weights})
+    assert_exact(sent)
+    assert any(node.name == "a/input/padded" for node in file.graph.node)
+    assert not prepared.target.inspect(tmp_path, prepared.plan).missed

@@ -89,46 +89,64 @@ def _scale(quantize: Node, constants: Mapping[str, Array]) -> GivenScale | None:
 
 
 def _narrow(model: Model) -> Model:
-    """The model without channels of zeros that zeros multiply: our own files have them, because it is faster so."""
+    """The model without input channels that zeros multiply: our own files repeat some, because it is faster so."""
     made = {name: node for node in model.nodes for name in node.outputs}
     readers = Counter(name for node in model.nodes for name in node.inputs)
     readers.update(model.outputs)
+
+    def joined(name: str) -> tuple[Node, Node] | None:
+        """(Concat, DequantizeLinear) of a convolution's operand that nothing else reads."""
+        decode = made.get(name)
+        concat = made.get(decode.inputs[0]) if decode is not None and decode.kind == DEQUANTIZE else None
+        if decode is None or concat is None or concat.kind != "Concat" or concat.attrs.get("axis") != 1:
+            return None
+        return (concat, decode) if readers[name] == readers[concat.outputs[0]] == 1 else None
+
     instead: dict[str, str] = {}
     for conv in model.nodes:
-        if conv.kind != "Conv" or conv.domain not in DOMAINS:
+        operands = [joined(name) for name in conv.inputs[:2]] if conv.kind == "Conv" else []
+        if len(operands) < 2 or operands[0] is None or operands[1] is None:
             continue
-        pads = []
-        for name in conv.inputs[:2]:
-            decode = made.get(name)
-            pad = made.get(decode.inputs[0]) if decode is not None and decode.kind == DEQUANTIZE else None
-            alone = pad is not None and readers[name] == readers[pad.outputs[0]] == 1
-            if (
-                decode is not None
-                and pad is not None
-                and alone
-                and _is_of_zeros(pad, decode, model.constants)
-            ):
-                pads.append(pad)
-        ends = [model.constants[pad.inputs[1]] for pad in pads]
-        if len(pads) == 2 and np.array_equal(ends[0], ends[1]):
-            instead |= {pad.outputs[0]: pad.inputs[0] for pad in pads}
+        (read, _), (weight, decode) = operands[0], operands[1]
+        channels = _nonzero_channels(weight, decode, model.constants)
+        if channels and _repeats(read, made, model.constants, *channels):
+            instead |= {concat.outputs[0]: concat.inputs[0] for concat in (read, weight)}
     nodes = [replace(node, inputs=[instead.get(name, name) for name in node.inputs]) for node in model.nodes]
     return replace(model, nodes=needed(nodes, model.outputs)) if instead else model
 
 
-def _is_of_zeros(pad: Node, decode: Node, constants: Mapping[str, Array]) -> bool:
-    """Whether all that it adds are channels behind the others, which are decoded as zeros."""
-    ends = constants.get(pad.inputs[1]) if pad.kind == "Pad" and len(pad.inputs) in (2, 3) else None
-    if ends is None or pad.attrs.get("mode", "constant") != "constant":
-        return False
-    behind = ends.size // 2 + 1
-    zero, fill = (
-        constants.get(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else np.zeros(())
-        for node in (decode, pad)
-    )
-    if zero is None or fill is None or ends[behind] <= 0 or np.delete(ends, behind).any():
-        return False
-    return bool((zero == fill).all())
+def _nonzero_channels(weight: Node, decode: Node, constants: Mapping[str, Array]) -> tuple[int, int] | None:
+    """(input channels, further ones that are zeros) of a weight that is put together of the two; None: it isn't."""
+    parts = [constants.get(name) for name in weight.inputs]
+    zero = constants.get(decode.inputs[2]) if len(decode.inputs) > 2 and decode.inputs[2] else np.zeros(())
+    if len(parts) != 2:
+        return None
+    own, more = parts
+    if own is None or more is None or zero is None or own.ndim < 3 or more.any() or zero.any():
+        return None
+    return own.shape[1], more.shape[1]
+
+
+def _repeats(
+    read: Node, made: Mapping[str, Node], constants: Mapping[str, Array], own: int, more: int
+) -> bool:
+    """Whether channels are put together of `own` and, `more` in all, the same or the first of them once more."""
+    first, *others = read.inputs
+    count = 0
+    for name in others:
+        part = made.get(name)
+        if name == first:
+            count += own
+            continue
+        cut = part is not None and part.kind == "Slice" and len(part.inputs) == 4 and part.inputs[0] == first
+        ends = [constants.get(end) for end in part.inputs[1:]] if cut and part is not None else []
+        if not ends or any(end is None or end.size != 1 for end in ends):
+            return False
+        start, last, axis = (int(end.reshape(())) for end in ends if end is not None)
+        if start or axis != 1 or not 0 < last < own:
+            return False
+        count += last
+    return count == more
 
 
 def _pairs_together(model: Model) -> Model:
