@@ -118,7 +118,9 @@ class _Measuring(Abreast):
             x = float_run.read(real, 0)
             channels = (1 if op.kind == "conv" else -1) % x.dim()
             others = [dim for dim in range(x.dim()) if dim != channels]
-            sums = sums + (x.sum(others) if others else x).double()  # of no dimension sums all
+            sums = (
+                sums + (x.sum(others) if others else x).double()
+            )  # a sum over no dimensions is one over all
             count += x.numel() // max(1, x.shape[channels])
         if count:
             self.means[name] = sums / count

@@ -52,15 +52,15 @@ def test_what_lacks_channels_gets_them_and_its_integers_stay(
     prepared, sent, file = file_of(layer, shape, tmp_path)
     assert_exact(sent)
     joins = {node.name: node for node in file.graph.node if node.op_type == "Concat"}
-    assert list(joins) == (["a/input/padded", "a/weight/padded"] if missing else [])
+    assert list(joins) == (["a/input/joined", "a/weight/joined"] if missing else [])
     constants = {value.name: numpy_helper.to_array(value) for value in file.graph.initializer}
     weight = constants["a.weight/q"]
     assert weight.shape[1] == shape[0] or name == "depthwise"  # as large as it was
     if missing:
-        zeros = constants[joins["a/weight/padded"].input[1]]
+        zeros = constants[joins["a/weight/joined"].input[1]]
         assert zeros.dtype == np.int8 and zeros.shape == (8, missing, *weight.shape[2:]) and not zeros.any()
     # without: the same integers
-    monkeypatch.setattr(export, "pad_channels", lambda *_: None)
+    monkeypatch.setattr(export, "widen_channels", lambda *_: None)
     (tmp_path / "plain").mkdir()
     prepared.target.export(prepared.work, prepared.plan, tmp_path / "plain")
     assert not any(node.op_type == "Concat" for node in onnx.load(tmp_path / "plain/model.onnx").graph.node)
@@ -152,9 +152,9 @@ def test_what_else_is_joined_keeps_its_meaning(what: str, tmp_path: Path) -> Non
         change("a/last", np.array([2]))
         change("a/weight/more", np.zeros((8, 2, 3, 3), np.int8))
     elif what == "another axis":  # a row more
-        nodes["a/weight/padded"].input.pop()
+        nodes["a/weight/joined"].input.pop()
         change("a/axis", np.array([2]))
-        nodes["a/input/padded"].attribute[0].i = 2
+        nodes["a/input/joined"].attribute[0].i = 2
     elif what == "another tensor":
         file.graph.node.remove(nodes["a/input/more"])
         wide = onnx.helper.make_node("Max", [nodes["x/q"].output[0]], ["other"])
@@ -162,7 +162,7 @@ def test_what_else_is_joined_keeps_its_meaning(what: str, tmp_path: Path) -> Non
         cut = onnx.helper.make_node("Slice", ["other", "a/first", "a/last", "a/axis"], ["a/input/more/out"])
         file.graph.node.insert(2, cut)
     else:
-        file.graph.output.append(onnx.helper.make_tensor_value_info("a/input/padded/out", 2, None))
+        file.graph.output.append(onnx.helper.make_tensor_value_info("a/input/joined/out", 2, None))
     onnx.save(file, tmp_path / "other.onnx")
     session = ort.InferenceSession(tmp_path / "other.onnx")
     wanted = session.run(None, {"x": x.numpy()})
@@ -178,5 +178,5 @@ def test_what_else_is_joined_keeps_its_meaning(what: str, tmp_path: Path) -> Non
 def test_narrow_weights_are_widened_too(weights: str, tmp_path: Path) -> None:
     prepared, sent, file = file_of(conv(3), (3, 8, 8), tmp_path, weights={"format": weights})
     assert_exact(sent)
-    assert any(node.name == "a/input/padded" for node in file.graph.node)
+    assert any(node.name == "a/input/joined" for node in file.graph.node)
     assert not prepared.target.inspect(tmp_path, prepared.plan).missed

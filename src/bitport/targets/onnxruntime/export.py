@@ -16,7 +16,7 @@ from .._onnx import U8_OFFSET, save, to_onnx, with_heads
 from . import decode
 from .blockwise import MATMUL_NBITS, specialize
 from .ends import integer_ends
-from .fours import pad_channels
+from .fours import widen_channels
 from .table import DETOURS, FUSED_UNASKED, MERGED_WRONGLY, PASSED_BACK
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def export_model(
     wide = any(tie.format.bits > BYTE and tie.source not in ("weight", "bias") for tie in plan.ties.values())
     opset = max(opset, OPSET_OF_INT16) if wide else opset
     model = lowered_to_onnx(lowered, graph, blockwise, opset=opset, accuracy_level=accuracy_level)
-    pad_channels(model, graph, plan)
+    widen_channels(model, graph, plan)
     if integer_io:
         integer_ends(model, graph)
     save(model, path)

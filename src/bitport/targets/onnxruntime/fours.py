@@ -28,7 +28,7 @@ LONGEST = 128  # values of a window
 KERNEL = "QLinearConv"
 
 
-def pad_channels(model: ir.Model, graph: Graph, plan: Plan) -> None:
+def widen_channels(model: ir.Model, graph: Graph, plan: Plan) -> None:
     """Give the convolutions in `model` that gain by it more input channels, in place."""
     for node in list(model.graph):
         todo = plan.nodes.get(str(node.name))
@@ -86,5 +86,5 @@ def _widen(graph: ir.Graph, conv: ir.Node, shape: Sequence[int], missing: int) -
     # the kernel's weights are symmetric: a code of 0 is a zero
     zeros = constant("weight/more", np.zeros((shape[0], missing, *shape[2:]), np.int8))
     for decode, name, parts in ((read, "input", more), (weight, "weight", [zeros])):
-        joined = operator("Concat", f"{name}/padded", [decode.inputs[0], *parts], decode, axis=1)
+        joined = operator("Concat", f"{name}/joined", [decode.inputs[0], *parts], decode, axis=1)
         decode.replace_input_with(0, joined)
