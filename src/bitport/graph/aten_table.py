@@ -99,8 +99,8 @@ def _reduce(call: Call) -> dict[str, Any]:
     rank, dim = call.rank(), call.dim(call["dim"])
     if dim is None or dim == ():
         dim = tuple(range(rank)) if rank is not None else None
-    elif isinstance(dim, int):
-        dim = (dim,)
+    else:
+        dim = (dim,) if isinstance(dim, int) else tuple(sorted(dim))
     return {"dim": dim, "keepdim": bool(call["keepdim"])}
 
 
