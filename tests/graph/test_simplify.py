@@ -177,7 +177,9 @@ def test_attention_is_split(mask: str | None) -> None:
 
 
 @pytest.mark.parametrize("keepdim", [False, True])
-@pytest.mark.parametrize("dims", [(2, 3), (-1, -2)])  # PyTorch's exporter to ONNX writes the second for its pools
+@pytest.mark.parametrize(
+    "dims", [(2, 3), (-1, -2)]
+)  # PyTorch's exporter to ONNX writes the second for its pools
 def test_a_mean_over_all_pixels_is_a_global_pool(dims: tuple[int, int], keepdim: bool) -> None:
     work = simplified(Net(lambda m, x: x.mean(dims, keepdim=keepdim)), images(2))
     assert kinds(work)[0] == "global_avg_pool" and "mean" not in kinds(work)

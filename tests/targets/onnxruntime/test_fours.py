@@ -174,9 +174,13 @@ def test_what_else_is_joined_keeps_its_meaning(what: str, tmp_path: Path) -> Non
         assert apart.max() <= 0.02 * np.abs(theirs).max() + step
 
 
-@pytest.mark.parametrize("weights", ["int4", "ternary"])
-def test_narrow_weights_are_widened_too(weights: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["int4", "ternary", "uint4", "uint4 tensor"])
+def test_weights_of_other_formats_get_zeros_of_their_own(weights: str, tmp_path: Path) -> None:
     prepared, sent, file = file_of(conv(3), (3, 8, 8), tmp_path, weights={"format": weights})
     assert_exact(sent)
     assert any(node.name == "a/input/joined" for node in file.graph.node)
     assert not prepared.target.inspect(tmp_path, prepared.plan).missed
+    x = images(4) + 0.5
+    wanted = ort.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x.numpy()})[0]
+    found = bitport.load(tmp_path / "model.onnx").run(x)[0].detach().numpy()
+    assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()

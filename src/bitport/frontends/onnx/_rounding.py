@@ -122,9 +122,10 @@ def _nonzero_channels(weight: Node, decode: Node, constants: Mapping[str, Array]
     if len(parts) != 2:
         return None
     own, more = parts
-    if own is None or more is None or zero is None or own.ndim < 3 or more.any() or zero.any():
+    if own is None or more is None or zero is None or own.ndim < 3 or zero.size not in (1, len(own)):
         return None
-    return own.shape[1], more.shape[1]
+    zeros = bool((more == zero.reshape(-1, *[1] * (own.ndim - 1))).all())
+    return (own.shape[1], more.shape[1]) if zeros else None
 
 
 def _repeats(

@@ -78,13 +78,16 @@ def _widen(graph: ir.Graph, conv: ir.Node, shape: Sequence[int], missing: int) -
 
     read, weight = decodes
     assert read is not None and weight is not None
+    zero_point = None if weight.inputs[2] is None else weight.inputs[2].const_value
+    if zero_point is None:
+        return
     times, rest = divmod(missing, shape[1])
     more = [read.inputs[0]] * times
     if rest:
         ends = [constant(name, np.array([at])) for name, at in (("first", 0), ("last", rest), ("axis", 1))]
         more.append(operator("Slice", "input/more", [read.inputs[0], *ends], read))
-    # the kernel's weights are symmetric: a code of 0 is a zero
-    zeros = constant("weight/more", np.zeros((shape[0], missing, *shape[2:]), np.int8))
+    zero = zero_point.numpy().reshape(-1, *[1] * (len(shape) - 1))  # one, or one for each output
+    zeros = constant("weight/more", np.broadcast_to(zero, (shape[0], missing, *shape[2:])).copy())
     for decode, name, parts in ((read, "input", more), (weight, "weight", [zeros])):
         joined = operator("Concat", f"{name}/joined", [decode.inputs[0], *parts], decode, axis=1)
         decode.replace_input_with(0, joined)
