@@ -368,3 +368,30 @@ def test_casts_of_other_constants_stay() -> None:
 
     shipped = ship(prepare(Scaled(), [torch.randn(8, 8)], "openvino"), torch.randn(8, 8))
     assert not shipped.inspection.missed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False},
+        {"kernel_size": 2},
+        {"kernel_size": 5, "stride": 3, "ceil_mode": True},
+    ],
+)
+def test_average_pools_round_as_it_does(options: dict[str, Any]) -> None:
+    for seed in (0, 2):
+        torch.manual_seed(seed)
+        net = Net(lambda m, x: m.b(F.avg_pool2d(m.a(x), **options)), a=conv(), b=conv(8, 4))
+        prepared = prepare(net, [images(16, size=11)], "openvino")
+        assert prepared.plan.node("avg_pool2d").kernel == "Pooling"
+        assert_exact(ship(prepared, images(32, size=11), images(1, size=11)))
+
+
+def test_an_average_pool_that_counts_its_padding_stays_float() -> None:
+    torch.manual_seed(0)
+    net = Net(lambda m, x: m.b(F.avg_pool2d(m.a(x), 3, 2, 1)), a=conv(), b=conv(8, 4))
+    prepared = prepare(net, [images(16)], "openvino")
+    assert prepared.plan.node("avg_pool2d").reason == (
+        "OpenVINO 2026.4 counts an average pool's padding as codes of 0, not as zeros"
+    )
+    assert_exact(ship(prepared, images(32), images(1)))

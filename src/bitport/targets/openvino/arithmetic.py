@@ -12,8 +12,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
+from torch.nn import functional as F
 
-from ...numerics.arithmetic import Call, QSpec, QTensor, along, convolved, multiply, project, quantized, rne
+from ...numerics.arithmetic import (
+    Call,
+    QSpec,
+    QTensor,
+    along,
+    convolved,
+    fma,
+    multiply,
+    project,
+    quantized,
+    rne,
+    stored,
+)
 
 SHIFT = 128
 LEVELS = 255
@@ -21,11 +34,17 @@ LEVELS = 255
 
 def quantize(values: Tensor, out: QSpec) -> Tensor:
     """FakeQuantize: `rne(clip(x, il, ih)·k + (−il·k))`, il = −z·s, ih = (255 − z)·s, k = 255/(ih − il), float32."""
-    zero = (out.zero_point + SHIFT).float()
-    low, high = -zero * out.scale, (LEVELS - zero) * out.scale
-    factor = LEVELS / (high - low)
+    low, factor = _fake_quantize(out)
+    high = (LEVELS - (out.zero_point + SHIFT).float()) * out.scale
     scaled = values.maximum(low).minimum(high) * factor + -low * factor
     return rne(scaled, out.low + SHIFT, out.high + SHIFT) - SHIFT
+
+
+def _fake_quantize(out: QSpec) -> tuple[Tensor, Tensor]:
+    """il and k of FakeQuantize."""
+    zero = (out.zero_point + SHIFT).float()
+    low, high = -zero * out.scale, (LEVELS - zero) * out.scale
+    return low, LEVELS / (high - low)
 
 
 def conv(call: Call) -> Tensor:
@@ -46,7 +65,38 @@ def matmul(call: Call) -> Tensor:
     return _finish(call, multiply(a, b), a.scale * b.scale, -1)
 
 
-KERNELS: dict[str, Callable[[Call], Tensor]] = {"conv": conv, "linear": linear, "matmul": matmul}
+def avg_pool(call: Call) -> Tensor:
+    """`rne(fma(Σq/n, s_x·k, −il·k − z_x·(s_x·k)))` with FakeQuantize's il and k: the mean is one of codes, q + 128.
+
+    In one fused operation, so that a mean near a half is rounded otherwise than step by step.
+    """
+    x, out, attrs = quantized(call, 0), stored(call), call.attrs
+    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.q.ndim - 3]
+    other = {"divisor_override": attrs["divisor_override"]} if attrs.get("divisor_override") else {}
+    # exact: padding holds the zero point, which is a real 0
+    mean = pool(
+        x.centred().double(),
+        attrs["kernel"],
+        attrs["stride"],
+        attrs["padding"],
+        bool(attrs.get("ceil_mode")),
+        bool(attrs.get("count_include_pad", True)),
+        **other,
+    )
+    zero_x = (x.zero_point + SHIFT).float()
+    low, factor = _fake_quantize(out)
+    step = x.scale * factor
+    shift = -low * factor - zero_x * step
+    codes = fma((mean + zero_x.double()).float(), step, shift)
+    return rne(codes, out.low + SHIFT, out.high + SHIFT) - SHIFT
+
+
+KERNELS: dict[str, Callable[[Call], Tensor]] = {
+    "conv": conv,
+    "linear": linear,
+    "matmul": matmul,
+    "avg_pool": avg_pool,
+}
 
 
 def _finish(call: Call, acc: Tensor, scale: Tensor, axis: int) -> Tensor:

@@ -60,6 +60,11 @@ def _contraction(graph: Graph, node: fx.Node, op: Op) -> str | None:
     return None
 
 
+def _pool(graph: Graph, node: fx.Node, op: Op) -> str | None:
+    counts = op.attrs.get("count_include_pad", True) and any(op.attrs["padding"])
+    return "OpenVINO 2026.4 counts an average pool's padding as codes of 0, not as zeros" if counts else None
+
+
 def _stored(graph: Graph, node: fx.Node, op: Op, fmt: Format) -> str | None:
     return f"OpenVINO stores no {fmt} weights" if fmt.kind == "float" and not fmt.unscaled else None
 
@@ -80,7 +85,7 @@ def ruleset() -> Ruleset:
         ),
         OpRule(("mul",), (Free(),), Free(), "Eltwise", "elementwise", clamps=True),
         OpRule(("global_avg_pool",), (Free(),), Free(), "Reduce", "elementwise"),
-        OpRule(("avg_pool",), (Free(),), Free(), "Pooling", "elementwise"),
+        OpRule(("avg_pool",), (Free(),), Free(), "Pooling", "elementwise", when=_pool),
         OpRule(("relu",), (Free(),), Free(), "FakeQuantize", "elementwise"),
         *decoding(_stored),
         scaling(),
