@@ -49,6 +49,16 @@ def test_constants_have_no_spread_and_nothing_has_no_moments() -> None:
     assert mean.tolist() == pytest.approx([0.1] * 3) and float(deviation.abs().max()) < 1e-7
 
 
+def test_channels_without_any_other_dimension() -> None:
+    found, parts = ChannelMoments(), torch.randn(4, 3)
+    for part in parts:
+        found.update(part, -1)
+    mean, deviation = found.moments()
+    torch.testing.assert_close(mean, parts.mean(0))
+    torch.testing.assert_close(deviation, parts.std(0, unbiased=False))
+    assert found.count == 4
+
+
 def test_the_map_gives_a_tensor_the_wanted_moments() -> None:
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(4, 1000, generator=generator) * torch.tensor([[1.0], [3.0], [0.2], [10.0]]) + 5

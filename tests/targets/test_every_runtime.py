@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import bitport
 from bitport.artifact import make_target
-from bitport.errors import MissingDependency, TargetError
+from bitport.errors import ExportError, MissingDependency, TargetError
 from bitport.plan import Plan
 from bitport.plan.retarget import retargeted, saturating
 
@@ -150,3 +150,20 @@ def test_listing_targets_loads_none() -> None:
     code = f"import sys, bitport; bitport.targets(); print(sorted({set(PACKAGES.values())!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "executorch"])
+def test_an_average_pool_with_a_divisor_of_its_own(target: str, tmp_path: Path) -> None:
+    net = Net(lambda m, x: F.avg_pool2d(m.a(x), 3, 2, 1, divisor_override=5), a=conv())
+    prepared, x = prepare(net, [images(8)], target), images(2)
+    prepared.target.export(prepared.graph, Plan.empty(target), tmp_path)
+    (found,) = prepared.target.open(tmp_path).run((x,))
+    torch.testing.assert_close(found, prepared.graph.run(x)[0].detach())
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "litert"])
+def test_a_divisor_that_can_not_be_written_is_told(target: str, tmp_path: Path) -> None:
+    net = Net(lambda m, x: F.avg_pool2d(m.a(x), 3, 2, ceil_mode=True, divisor_override=5), a=conv())
+    prepared = prepare(net, [images(8)], target)
+    with pytest.raises(ExportError, match="divisor"):
+        prepared.target.export(prepared.graph, Plan.empty(target), tmp_path)

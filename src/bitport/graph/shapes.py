@@ -191,11 +191,9 @@ def _value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, args: Any, k
 
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """A product of matrices by formula where their stacks are alike: torch's decomposition takes some 15 ms."""
-    if a.dim() == b.dim() > 2 and all(
-        x is y or x == y for x, y in zip(a.shape[:-2], b.shape[:-2], strict=True)
-    ):
-        if a.shape[-1] == b.shape[-2] and a.dtype == b.dtype:
-            return a.new_empty([*a.shape[:-1], b.shape[-1]])
+    alike = a.dim() == b.dim() > 2 and a.shape[:-2] == b.shape[:-2] and a.dtype == b.dtype
+    if alike and a.shape[-1] == b.shape[-2]:
+        return a.new_empty([*a.shape[:-1], b.shape[-1]])
     return torch.matmul(a, b)
 
 

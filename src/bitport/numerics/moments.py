@@ -37,11 +37,10 @@ class ChannelMoments:
             self.squares = torch.zeros_like(self.total)
         if not values.numel():
             return
-        others = [dim for dim in range(values.dim()) if dim != axis % values.dim()]
         wide = values.detach().to(torch.float64, copy=True)
         self.count += values.numel() // channels
-        self.total = self.total + wide.sum(others)
-        self.squares = self.squares + wide.square_().sum(others)
+        self.total = self.total + sum_of(wide, axis)
+        self.squares = self.squares + sum_of(wide.square_(), axis)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """(mean, standard deviation), float32 [C]. Raises DataError when nothing was seen."""
@@ -55,6 +54,12 @@ class ChannelMoments:
         """sqrt(E[x²]), float64 [C]. Raises DataError when nothing was seen."""
         mean, deviation = self.moments()
         return (mean.double().square() + deviation.double().square()).sqrt()
+
+
+def sum_of(values: Tensor, axis: int) -> Tensor:
+    """The sum of each channel, [C], of a tensor whose dimension `axis` has them."""
+    others = [dim for dim in range(values.dim()) if dim != axis % values.dim()]
+    return values.sum(others) if others else values  # a sum over no dimensions is one over all
 
 
 def matching(

@@ -27,8 +27,6 @@ from .stored import StoredWeights
 
 BYTE = 8  # bits
 QUANTIZED = "/q"  # suffix of a quantized tensor's name in a model file
-# Kinds that are fused with the dequantize in front of them alone: a barrier behind them comes too late.
-FUSED_WITHOUT_QUANTIZE = frozenset({"matmul"})
 # Moves that a runtime's optimizer swaps with a quantize, and clamps that it drops in front of one: so it fuses what is
 # before them.
 LOOKED_THROUGH = frozenset(
@@ -67,6 +65,7 @@ def lower(
     offset: int = 0,
     flatten_linear: bool = False,
     barriers: frozenset[str] = frozenset(),
+    swallowed: frozenset[str] = frozenset(),
     detours: frozenset[str] = frozenset(),
     apart: frozenset[tuple[str, str]] = frozenset(),
     passed: frozenset[str] = frozenset(),
@@ -79,6 +78,8 @@ def lower(
         flatten_linear: run Linear above 2-D on flattened rows, with a bias of zeros where it has none.
         barriers: kinds that the runtime would fuse although the plan keeps them in float; a maximum with the
             lowest float behind them changes no value and stops that.
+        swallowed: kinds that the runtime fuses with the dequantize in front of them alone, although the plan keeps
+            them in float: a barrier behind them comes too late.
         detours: kinds of moves that run on dequantized values between two such barriers, because the runtime
             is slow on integers; the integers stay the same.
         apart: (producer's kind, consumer's kind) that the runtime would merge wrongly in float.
@@ -87,7 +88,9 @@ def lower(
     Raises:
         GraphError: the plan speaks of edges that the graph doesn't have, or of unmeasured ranges.
     """
-    return _Lowering(graph, plan, dtype, offset, flatten_linear, barriers, detours, apart, passed).run()
+    return _Lowering(
+        graph, plan, dtype, offset, flatten_linear, barriers, swallowed, detours, apart, passed
+    ).run()
 
 
 class _Lowering:
@@ -99,11 +102,13 @@ class _Lowering:
         offset: int,
         flatten_linear: bool,
         barriers: frozenset[str],
+        swallowed: frozenset[str],
         detours: frozenset[str],
         apart: frozenset[tuple[str, str]],
         passed: frozenset[str],
     ) -> None:
         self.graph, self.plan, self.barriers, self.detours = graph, plan, barriers, detours
+        self.swallowed = swallowed
         self.apart, self.passed = apart, passed
         self.ends = set(graph.output_nodes())
         self.dtype, self.offset, self.flatten_linear = dtype, offset, flatten_linear
@@ -155,8 +160,9 @@ class _Lowering:
 
     def _in_float(self, node: fx.Node, op: Op, name: str) -> fx.Node:
         """The operator in float, kept apart where the runtime would fuse it with the q/dq around it."""
-        fusible = op.kind in self.barriers and self._reads_integers(name, op)
-        if fusible and op.kind in FUSED_WITHOUT_QUANTIZE:
+        reads_integers = self._reads_integers(name, op)
+        fusible = op.kind in self.barriers and reads_integers
+        if op.kind in self.swallowed and reads_integers:
             apart = {n: self._barrier(self._read(n, name, op), name) for n in (made_by(op, 0),)}
             return self._copy(node, lambda n: apart[n] if n in apart else self._read(n, name, op))
         through = op.kind in self.passed and self._meets_quantize(node)

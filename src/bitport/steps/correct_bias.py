@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..graph import Edge, Graph, Op
 from ..graph.reading import present, uses_of
 from ..numerics.bias import analytic_bias, shifted_bias
-from ..numerics.moments import ChannelMoments, matching
+from ..numerics.moments import ChannelMoments, matching, sum_of
 from ..plan import Plan, TensorPlan
 from ..plan.constants import settle, stored_values
 from ._abreast import Abreast, has_rows, results_of, rows_of
@@ -116,12 +116,9 @@ class _Measuring(Abreast):
         sums, count = torch.zeros(1, dtype=torch.float64), 0
         for float_run, _ in self.runs:
             x = float_run.read(real, 0)
-            channels = (1 if op.kind == "conv" else -1) % x.dim()
-            others = [dim for dim in range(x.dim()) if dim != channels]
-            sums = (
-                sums + (x.sum(others) if others else x).double()
-            )  # a sum over no dimensions is one over all
-            count += x.numel() // max(1, x.shape[channels])
+            axis = 1 if op.kind == "conv" else -1
+            sums = sums + sum_of(x, axis).double()
+            count += x.numel() // max(1, x.shape[axis])
         if count:
             self.means[name] = sums / count
 

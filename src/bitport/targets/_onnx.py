@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from ..errors import ExportError, first_line
 from ..graph import Graph
 from ..graph.experts import EXPERT_LINEAR
 from ..graph.simplify import split_attention
+from ..numerics.arithmetic import spread
 from ..plan.capture import capture
 from ..plan.lower import QUANTIZED, Lowered
 from ..plan.ops import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC
@@ -112,6 +114,7 @@ def _first_cause(error: BaseException) -> str:
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     from onnxscript import opset20 as op
     from onnxscript import opset21
+    from onnxscript.function_libs.torch_lib.ops import nn
 
     def quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, axis: int) -> Any:
         q = op.QuantizeLinear(x, scale, zero_point, axis=max(axis, 0))
@@ -152,7 +155,30 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.rsub.Scalar: _from_constant,
         EXPERT_LINEAR: _expert_linear,
         **dict.fromkeys(pools, adaptive_average_pool),
+        aten.avg_pool2d.default: _average_pool(nn.aten_avg_pool2d, 2),
+        aten.avg_pool3d.default: _average_pool(nn.aten_avg_pool3d, 3),
     }
+
+
+def _average_pool(plain: Callable[..., Any], ndim: int) -> Callable[..., Any]:
+    """PyTorch's own translation of an average pool, which leaves out a divisor of one's own."""
+    from onnxscript import opset20 as op
+
+    def translated(
+        x: Any, kernel_size: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
+        count_include_pad: bool = True, divisor_override: int | None = None,
+    ) -> Any:  # fmt: skip
+        if divisor_override is None:
+            return plain(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
+        if ceil_mode:
+            raise ExportError(
+                "an average pool can't be exported with divisor_override and ceil_mode: leave one out"
+            )
+        mean = plain(x, kernel_size, stride, padding, ceil_mode, count_include_pad=True)
+        factor = math.prod(spread(kernel_size, ndim)) / divisor_override
+        return op.Mul(mean, op.CastLike(op.Constant(value_float=factor), mean))
+
+    return translated
 
 
 def _grouped_product(x: Any, matrices: Any, ends: Any, bias: Any = None, out_dtype: Any = None) -> Any:

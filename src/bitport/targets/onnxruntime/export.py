@@ -17,7 +17,7 @@ from . import decode
 from .blockwise import MATMUL_NBITS, specialize
 from .ends import integer_ends
 from .fours import widen_channels
-from .table import DETOURS, FUSED_UNASKED, MERGED_WRONGLY, PASSED_BACK
+from .table import DETOURS, FUSED_UNASKED, MERGED_WRONGLY, PASSED_BACK, SWALLOWED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -40,6 +40,7 @@ def export_model(
         offset=U8_OFFSET,
         flatten_linear=True,
         barriers=FUSED_UNASKED,
+        swallowed=SWALLOWED,
         detours=DETOURS,
         apart=MERGED_WRONGLY,
         passed=PASSED_BACK,

@@ -27,7 +27,7 @@ from .._onnx import U8_OFFSET, save, to_onnx, with_heads
 from ._load import settings
 from .arithmetic import KERNELS, quantize
 from .inspect import MADE_BY, inspected
-from .table import ruleset
+from .table import SWALLOWED, ruleset
 from .weights import narrow, widened
 
 PREFACES = ("Exception from", "Check 'false'", "FrontEnd API", "Model wasn't fully converted")
@@ -51,7 +51,9 @@ class OpenVino(Target):
 
     def export(self, graph: Graph, plan: Plan, folder: Path) -> None:
         graph = with_heads(graph)
-        lowered = lower(graph, with_signed_weights(plan), dtype=torch.uint8, offset=U8_OFFSET)
+        lowered = lower(
+            graph, with_signed_weights(plan), dtype=torch.uint8, offset=U8_OFFSET, swallowed=SWALLOWED
+        )
         found = widened(lowered, plan)
         model = to_onnx(lowered, graph, opset=OPSET)
         narrow(model, found)

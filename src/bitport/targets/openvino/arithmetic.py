@@ -34,17 +34,16 @@ LEVELS = 255
 
 def quantize(values: Tensor, out: QSpec) -> Tensor:
     """FakeQuantize: `rne(clip(x, il, ih)·k + (−il·k))`, il = −z·s, ih = (255 − z)·s, k = 255/(ih − il), float32."""
-    low, factor = _fake_quantize(out)
-    high = (LEVELS - (out.zero_point + SHIFT).float()) * out.scale
+    low, high, factor = _fake_quantize(out)
     scaled = values.maximum(low).minimum(high) * factor + -low * factor
     return rne(scaled, out.low + SHIFT, out.high + SHIFT) - SHIFT
 
 
-def _fake_quantize(out: QSpec) -> tuple[Tensor, Tensor]:
-    """il and k of FakeQuantize."""
+def _fake_quantize(out: QSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """il, ih and k of FakeQuantize."""
     zero = (out.zero_point + SHIFT).float()
     low, high = -zero * out.scale, (LEVELS - zero) * out.scale
-    return low, LEVELS / (high - low)
+    return low, high, LEVELS / (high - low)
 
 
 def conv(call: Call) -> Tensor:
@@ -68,23 +67,15 @@ def matmul(call: Call) -> Tensor:
 def avg_pool(call: Call) -> Tensor:
     """`rne(fma(Σq/n, s_x·k, −il·k − z_x·(s_x·k)))` with FakeQuantize's il and k: the mean is one of codes, q + 128.
 
-    In one fused operation, so that a mean near a half is rounded otherwise than step by step.
+    In one fused operation, so that a mean near a half is rounded otherwise than step by step. Padding doesn't count:
+    the table has no other pools.
     """
     x, out, attrs = quantized(call, 0), stored(call), call.attrs
     pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.q.ndim - 3]
-    other = {"divisor_override": attrs["divisor_override"]} if attrs.get("divisor_override") else {}
-    # exact: padding holds the zero point, which is a real 0
-    mean = pool(
-        x.centred().double(),
-        attrs["kernel"],
-        attrs["stride"],
-        attrs["padding"],
-        bool(attrs.get("ceil_mode")),
-        bool(attrs.get("count_include_pad", True)),
-        **other,
-    )
+    sizes = (attrs["kernel"], attrs["stride"], attrs["padding"], bool(attrs.get("ceil_mode")))
+    mean = pool(x.centred().double(), *sizes, count_include_pad=False)  # exact
     zero_x = (x.zero_point + SHIFT).float()
-    low, factor = _fake_quantize(out)
+    low, _, factor = _fake_quantize(out)
     step = x.scale * factor
     shift = -low * factor - zero_x * step
     codes = fma((mean + zero_x.double()).float(), step, shift)
