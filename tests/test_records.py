@@ -254,6 +254,12 @@ class TestScrub:
     def test_paths_go(self, text: str, clean: str) -> None:
         assert records.scrub(text) == clean
 
+    def test_the_systems_own_python_is_no_folder_of_anyone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "base_prefix", "/usr")
+        for text in ("https://example.org/usr/lib/x", "./usr/lib.py and ../usr/lib.py"):
+            assert records.scrub(text) == text
+        assert records.scrub("/usr/jo.doe") == "<path>"
+
     def test_this_machines_folders_go_even_with_spaces(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

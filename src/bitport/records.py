@@ -203,7 +203,9 @@ _POSIX = re.compile(rf"(?<![\w.~/\\:-])/{_PART}(?:/{_PART})+|(?<=file:)/{_PART}(
 
 def _known_prefixes() -> list[str]:
     """Folders of this machine that may have spaces in their names, the longest first."""
-    places = [os.path.expanduser("~"), tempfile.gettempdir(), sys.prefix, sys.base_prefix]
+    places = [os.path.expanduser("~"), tempfile.gettempdir()]
+    # a system's own Python lies in /usr, which tells of nobody, and is a part of other paths
+    places += [place for place in (sys.prefix, sys.base_prefix) if len(Path(place).parts) > 2]
     with contextlib.suppress(FileNotFoundError):  # the current folder may have been removed
         places.append(os.getcwd())
     texts = {form for place in places for form in (place, os.path.realpath(place))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -76,6 +76,21 @@ class Session(ABC):
         self.run(prepared)
 
 
+@dataclass(frozen=True)
+class KnownGap:
+    """Something that a runtime gets wrong or lacks, and that its rules or its export work around.
+
+    Attributes:
+        what: that is wrong, and since which version it was seen.
+        link: to upstream's report, or to the code that does it where none was found.
+        is_open: whether it still is so, seen on the runtime itself; None: this host can't show it.
+    """
+
+    what: str
+    link: str
+    is_open: Callable[[], bool | None]
+
+
 class Target(ABC):
     """A runtime. A class is abstract or final: nothing implemented here is overridden but what says that it may be.
 
@@ -84,7 +99,8 @@ class Target(ABC):
     files import when they run (a fair memory measurement imports them first). `runner` is a module whose class
     `Network` opens the model with the runtime and numpy alone; it ends the artifact's `run.py`. `runs_as_written`:
     nothing is optimized when a file is loaded, so that there is no other way to run it. `byte`: the type of 8-bit
-    integers at the ends of its files, where those are integers.
+    integers at the ends of its files, where those are integers. `known_gaps`: one that closes fails its test, so that
+    what works around it goes.
     """
 
     name: ClassVar[str]
@@ -95,6 +111,7 @@ class Target(ABC):
     runner: ClassVar[Path | None] = None
     runs_as_written: ClassVar[bool] = False
     byte: ClassVar[str] = "uint8"
+    known_gaps: ClassVar[tuple[KnownGap, ...]] = ()
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         options = dict(options or {})

@@ -354,6 +354,9 @@ def _strip(model: ir.Model) -> None:
     """No stack trace, source path or tool note of this machine may travel in the file."""
     model.metadata_props.clear()
     model.doc_string = None
+    model.producer_version = (model.producer_version or "").partition("+")[
+        0
+    ]  # +cpu, +cu130: how PyTorch was built
     model.graph.doc_string = None
     model.graph.name = "bitport"
     model.graph.metadata_props.clear()

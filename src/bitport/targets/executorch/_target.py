@@ -26,6 +26,7 @@ from ._sdk import PACKAGE, muted, quiet, runtime
 from .arithmetic import KERNELS
 from .export import NOTE, export_model
 from .inspect import FORWARD, inspected
+from .known_gaps import KNOWN_GAPS
 from .table import ruleset
 
 PROBE = "bitport.targets.executorch._probe:probe"
@@ -39,6 +40,7 @@ class ExecuTorch(Target):
     modules = (PACKAGE,)
     runner = Path(__file__).with_name("_load.py")
     runs_as_written = True
+    known_gaps = KNOWN_GAPS
     defaults: ClassVar[Mapping[str, Any]] = {"threads": 1, "batch": 64, "length": 512}
 
     def check_options(self) -> None:

@@ -27,6 +27,7 @@ from .blockwise import LEVELS, ROUNDS_ACTIVATIONS
 from .ends import REMEDY, read_ends
 from .export import export_model
 from .inspect import inspected, read_model
+from .known_gaps import KNOWN_GAPS
 from .table import ruleset
 
 OPSETS = range(18, 24)
@@ -46,6 +47,7 @@ class OnnxRuntime(Target):
     model_file = "model.onnx"
     modules = ("onnxruntime",)
     runner = Path(__file__).with_name("_load.py")
+    known_gaps = KNOWN_GAPS
     defaults: ClassVar[Mapping[str, Any]] = {
         "threads": 1,
         "opset": 20,

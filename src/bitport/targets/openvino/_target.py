@@ -27,6 +27,7 @@ from .._onnx import U8_OFFSET, save, to_onnx, with_heads
 from ._load import settings
 from .arithmetic import KERNELS, quantize
 from .inspect import MADE_BY, inspected
+from .known_gaps import KNOWN_GAPS
 from .table import SWALLOWED, ruleset
 from .weights import narrow, widened
 
@@ -41,6 +42,7 @@ class OpenVino(Target):
     model_file = "model.xml"
     modules = ("openvino",)
     runner = Path(__file__).with_name("_load.py")
+    known_gaps = KNOWN_GAPS
     defaults: ClassVar[Mapping[str, Any]] = {"threads": 1}
 
     def rules(self) -> Ruleset:
