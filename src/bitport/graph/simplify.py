@@ -84,7 +84,6 @@ def drop_identities(graph: Graph, *, dropout: bool = True) -> None:
 def merge_duplicates(graph: Graph) -> None:
     """One operator for several that compute the same in eval mode; exporters do so, and names would get lost."""
     first: dict[tuple[str, str, str, str], fx.Node] = {}
-    changed = False
     for node in list(graph.gm.graph.nodes):
         if node.op not in ("call_function", "call_module", "get_attr"):
             continue
@@ -95,15 +94,12 @@ def merge_duplicates(graph: Graph) -> None:
         if kept is not node:
             node.replace_all_uses_with(kept)
             graph.gm.graph.erase_node(node)
-            changed = True
-    if changed:
-        _clean(graph)
+    _clean(graph)
 
 
 def fold_constants(graph: Graph) -> None:
     """Evaluate what depends on no input, not even on its size, and is read as a number by something that does."""
     free = {node for node in graph.nodes() if _depends_on_nothing(node)}
-    changed = False
     for node in [n for n in graph.nodes() if n in free]:
         value = node.meta.get("val")
         if (
@@ -118,13 +114,10 @@ def fold_constants(graph: Graph) -> None:
             stored = graph.gm.graph.get_attr(name)
         stored.meta["val"] = value
         node.replace_all_uses_with(stored)
-        changed = True
-    if changed:
-        _clean(graph)
+    _clean(graph)
 
 
 def fold_batch_norms(graph: Graph) -> None:
-    changed = False
     for node in graph.nodes():
         source = foldable(graph, node)
         if source is not None:
@@ -136,9 +129,7 @@ def fold_batch_norms(graph: Graph) -> None:
             assert mean is not None and var is not None
             _fold_into(graph, source, mean, var, gamma, beta, norm.attrs["eps"])
             _takes_over(graph, source, node)
-            changed = True
-    if changed:
-        _clean(graph)
+    _clean(graph)
 
 
 def _takes_over(graph: Graph, layer: fx.Node, node: fx.Node) -> None:
@@ -152,7 +143,6 @@ def _takes_over(graph: Graph, layer: fx.Node, node: fx.Node) -> None:
 
 def fold_affines(graph: Graph) -> None:
     """A product or a sum with a number for each output channel of a layer: what converters leave of a norm."""
-    changed = False
     for node in graph.nodes():
         found = _affine(graph, node)
         if found is None:
@@ -162,9 +152,7 @@ def fold_affines(graph: Graph) -> None:
         gamma, beta = (values, None) if graph.op(node).kind == "mul" else (None, values)
         _fold_into(graph, layer, zero, one, gamma, beta, 0.0)
         _takes_over(graph, layer, node)
-        changed = True
-    if changed:
-        _clean(graph)
+    _clean(graph)
 
 
 def _affine(graph: Graph, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
@@ -203,12 +191,12 @@ def foldable(graph: Graph, node: fx.Node) -> fx.Node | None:
 
 
 def split_attention(graph: Graph) -> None:
-    found = [(node, op) for node in graph.nodes() if (op := graph.op(node)).kind == "sdpa"]
-    for node, op in found:
-        _Attention(graph, node, op).split()
-    if found:
-        _clean(graph)
-        graph.gm.recompile()
+    for node in graph.nodes():
+        op = graph.op(node)
+        if op.kind == "sdpa":
+            _Attention(graph, node, op).split()
+    _clean(graph)
+    graph.gm.recompile()
 
 
 def normalise(graph: Graph) -> None:

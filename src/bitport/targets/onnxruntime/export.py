@@ -14,9 +14,9 @@ from ...plan import Plan, lower
 from ...plan.lower import BYTE, Lowered
 from .._onnx import U8_OFFSET, save, to_onnx, with_heads
 from . import decode
+from .alignment import align_channels
 from .blockwise import MATMUL_NBITS, specialize
 from .ends import integer_ends
-from .fours import widen_channels
 from .table import DETOURS, FUSED_UNASKED, MERGED_WRONGLY, PASSED_BACK, SWALLOWED
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def export_model(
     wide = any(tie.format.bits > BYTE and tie.source not in ("weight", "bias") for tie in plan.ties.values())
     opset = max(opset, OPSET_OF_INT16) if wide else opset
     model = lowered_to_onnx(lowered, graph, blockwise, opset=opset, accuracy_level=accuracy_level)
-    widen_channels(model, graph, plan)
+    align_channels(model, graph, plan)
     if integer_io:
         integer_ends(model, graph)
     save(model, path)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import bitport
 from bitport.targets.onnxruntime import export
-from bitport.targets.onnxruntime.fours import missing_channels
+from bitport.targets.onnxruntime.alignment import missing_channels
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], int]] = {
     # name: a first layer, the shape of what it reads, the channels that it lacks
@@ -60,7 +60,7 @@ def test_what_lacks_channels_gets_them_and_its_integers_stay(
         zeros = constants[joins["a/weight/joined"].input[1]]
         assert zeros.dtype == np.int8 and zeros.shape == (8, missing, *weight.shape[2:]) and not zeros.any()
     # without: the same integers
-    monkeypatch.setattr(export, "widen_channels", lambda *_: None)
+    monkeypatch.setattr(export, "align_channels", lambda *_: None)
     (tmp_path / "plain").mkdir()
     prepared.target.export(prepared.work, prepared.plan, tmp_path / "plain")
     assert not any(node.op_type == "Concat" for node in onnx.load(tmp_path / "plain/model.onnx").graph.node)

@@ -23,12 +23,12 @@ from ...plan import Plan
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FOUR = 4
+ALIGNMENT = 4  # bytes that are multiplied at once
 LONGEST = 128  # values of a window
 KERNEL = "QLinearConv"
 
 
-def widen_channels(model: ir.Model, graph: Graph, plan: Plan) -> None:
+def align_channels(model: ir.Model, graph: Graph, plan: Plan) -> None:
     """Give the convolutions in `model` that gain by it more input channels, in place."""
     for node in list(model.graph):
         todo = plan.nodes.get(str(node.name))
@@ -47,9 +47,9 @@ def widen_channels(model: ir.Model, graph: Graph, plan: Plan) -> None:
 def missing_channels(channels: int, *window: int, strided: bool) -> int:
     """How many input channels a convolution lacks; 0 where more of them gain nothing."""
     values = channels * math.prod(window)
-    if values % FOUR == 0 or values > LONGEST or (channels == 1 and strided):
+    if values % ALIGNMENT == 0 or values > LONGEST or (channels == 1 and strided):
         return 0
-    return -channels % FOUR
+    return -channels % ALIGNMENT
 
 
 def _widen(graph: ir.Graph, conv: ir.Node, shape: Sequence[int], missing: int) -> None:
